@@ -1,0 +1,348 @@
+"""The command line: verbs that parse, call and print."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from lalia import __version__
+from lalia.errors import UserError
+
+app = typer.Typer(
+    name="lalia",
+    help="Build a language model from nothing, see inside it, and serve it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="settings, such as pretrain.steps=100")
+]
+Source = Annotated[
+    str | None,
+    typer.Argument(
+        help="a recipe (path or name), a run folder, or your own file or folder of text", show_default=False
+    ),
+]
+RunFolder = Annotated[Path | None, typer.Option("--run", help="the run folder (default: runs/NAME)")]
+Json = Annotated[bool, typer.Option("--json", help="print machine-readable results on standard output")]
+Model = Annotated[str, typer.Argument(help="a model folder, or a run folder")]
+MaxTokens = Annotated[int | None, typer.Option(help="most tokens to produce")]
+Temperature = Annotated[float, typer.Option(help="0 is greedy; higher is more varied")]
+TopK = Annotated[int, typer.Option(help="sample among the k most probable tokens; 0 = all")]
+TopP = Annotated[float, typer.Option(help="sample among the tokens that hold this probability")]
+MinP = Annotated[float, typer.Option(help="leave out tokens less probable than this share of the best")]
+Penalty = Annotated[float, typer.Option("--repetition-penalty", help="above 1 discourages repeating")]
+Stop = Annotated[list[str] | None, typer.Option(help="stop before this text (may be given several times)")]
+Seed = Annotated[int | None, typer.Option(help="same seed, same text")]
+
+
+@app.callback(invoke_without_command=True)
+def _main(
+    version: Annotated[bool, typer.Option("--version", help="print the version", is_eager=True)] = False,
+) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def run(
+    recipe: Source = None,
+    overrides: Overrides = None,
+    folder: RunFolder = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="print the resolved recipe and what would be done")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Run a recipe from raw text to an evaluated model; continue it if it was interrupted."""
+    _run_until(None, recipe, overrides, folder, as_json, dry_run)
+
+
+def _stage_verb(verb: str, what: str) -> None:
+    def command(
+        source: Source = None, overrides: Overrides = None, folder: RunFolder = None, as_json: Json = False
+    ) -> None:
+        from lalia.stages import VERBS
+
+        _run_until(VERBS[verb], source, overrides, folder, as_json)
+
+    command.__doc__ = f"{what} Stages before it that are not done yet are run first."
+    app.command(name=verb)(command)
+
+
+_stage_verb("collect", "Read, clean and split documents; write them and a data card.")
+_stage_verb("tokenize", "Train the tokenizer and write token shards.")
+_stage_verb("pretrain", "Train the base model.")
+_stage_verb("finetune", "Teach the base model to talk.")
+_stage_verb("evaluate", "Measure the models on held-out text beside baselines.")
+
+
+@app.command()
+def plan(
+    source: Source = None,
+    overrides: Overrides = None,
+    folder: RunFolder = None,
+    minutes: Annotated[float | None, typer.Option(help="training time; same as pretrain.budget")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what a training time gives on this machine, and why."""
+    from lalia.progress import Progress
+
+    overrides = list(overrides or [])
+    if minutes is not None:
+        overrides.append(f'pretrain.budget="{minutes:g} minutes"')
+    recipe, run_folder = _resolve(source, overrides, folder)
+    from lalia.planner import facts_of_data, make_plan
+
+    result = make_plan(recipe, facts_of_data(recipe, run_folder), Progress(quiet=True))
+    if as_json:
+        _print_json(result)
+        return
+    _print_plan(result)
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="text to continue; - reads standard input")] = "",
+    max_tokens: MaxTokens = 200,
+    temperature: Temperature = 0.8,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: Penalty = 1.0,
+    stop: Stop = None,
+    seed: Seed = None,
+    logprobs: Annotated[int | None, typer.Option(help="alternatives per token to report with --json")] = None,
+    as_json: Json = False,
+) -> None:
+    """Continue a text."""
+    text = sys.stdin.read() if prompt == "-" else prompt
+    language_model = _load(model, "base")
+    sampling: dict[str, Any] = {
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "stop": tuple(stop or ()),
+        "seed": seed,
+    }
+    if as_json:
+        result = language_model.generate(text, **sampling, logprobs=logprobs)
+        _print_json(
+            {"prompt": text, "text": result.text, "finish_reason": result.finish_reason, "token_ids": result.token_ids}
+            | ({"logprobs": _logprobs(result)} if logprobs is not None else {})
+        )
+        return
+    sys.stdout.write(text)
+    for piece in language_model.stream(text, **sampling):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+@app.command()
+def chat(
+    model: Model = "runs/shakespeare/chat",
+    system: Annotated[str | None, typer.Option(help="a system message to begin with")] = None,
+    max_tokens: MaxTokens = 120,
+    temperature: Temperature = 0.7,
+    top_k: TopK = 0,
+    top_p: TopP = 0.9,
+    min_p: MinP = 0.0,
+    repetition_penalty: Penalty = 1.0,
+    seed: Seed = None,
+    as_json: Json = False,
+) -> None:
+    """Talk with a model; each line you type is a turn."""
+    from lalia.conversation import converse
+
+    language_model = _load(model, "chat")
+    sampling = {
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+    }
+    messages = converse(language_model, system, sampling, quiet=as_json)
+    if as_json:
+        _print_json(messages)
+
+
+@app.command()
+def serve(
+    model: Model = "runs/shakespeare/chat",
+    host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="port to listen on", min=1, max=65535)] = 8000,
+) -> None:
+    """Serve a model: a chat page at / and an OpenAI-compatible API under /v1."""
+    try:
+        from lalia.serving.app import serve as serve_model
+    except ModuleNotFoundError as error:
+        raise UserError(f'serving needs {error.name}; install it with: pip install "lalia[serve]"') from None
+    serve_model(_model_folder(model, "chat"), host=host, port=port)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Check Python, PyTorch, disk, memory and extras, and say what to do."""
+    from lalia.doctor import examine
+
+    checks = examine()
+    if as_json:
+        _print_json(checks)
+    else:
+        for check in checks:
+            print(
+                f"{'ok  ' if check['ok'] else 'FIX ' if check['needed'] else 'note'}  {check['name']}: {check['found']}"
+            )
+            if check["remedy"]:
+                print(f"      {check['remedy']}")
+    if any(check["needed"] and not check["ok"] for check in checks):
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Entry point: user errors become one message and exit status 1, never a traceback."""
+    try:
+        app(standalone_mode=False)
+    except UserError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        _fail("stopped; the same command continues where it left off", code=130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except typer.Exit as leaving:
+        sys.exit(leaving.exit_code)
+    except typer.Abort:
+        _fail("stopped", code=130)
+    except Exception as error:
+        # Typer's own usage errors (unknown option, bad number) know how to print themselves.
+        if hasattr(error, "show") and hasattr(error, "exit_code"):
+            error.show()  # pyright: ignore[reportAttributeAccessIssue]
+            sys.exit(error.exit_code)  # pyright: ignore[reportAttributeAccessIssue]
+        raise
+
+
+def _fail(message: str, code: int = 1) -> NoReturn:
+    print(f"lalia: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _run_until(
+    stage: str | None,
+    source: str | None,
+    overrides: list[str] | None,
+    folder: Path | None,
+    as_json: bool,
+    dry_run: bool = False,
+) -> None:
+    from lalia.pipeline import Run, run_recipe, stages_until, status
+    from lalia.progress import Progress
+
+    recipe, run_folder = _resolve(source, overrides, folder)
+    if dry_run:
+        from lalia.recipe import to_toml
+
+        run = Run(run_folder, recipe, Progress(quiet=True))
+        states = {s.name: status(run, s) for s in stages_until(recipe, stage)}
+        if as_json:
+            _print_json({"recipe": recipe.model_dump(mode="json"), "run": str(run_folder), "stages": states})
+            return
+        print(to_toml(recipe.model_dump(mode="json")))
+        print(f"# run folder: {run_folder}")
+        for name, (state, reason) in states.items():
+            print(f"# {name}: {state} ({reason})")
+        return
+    results = run_recipe(recipe, run_folder, stage, Progress(quiet=as_json))
+    if as_json:
+        _print_json(results)
+
+
+def _resolve(source: str | None, overrides: list[str] | None, folder: Path | None) -> tuple[Any, Path]:
+    """The recipe and run folder meant by a source (recipe, run folder or the user's own text) and overrides."""
+    from lalia.pipeline import load_run_recipe
+    from lalia.recipe import load_recipe
+
+    overrides = list(overrides or [])
+    if source is not None and "=" in source and not Path(source).exists():
+        overrides.insert(0, source)
+        source = None
+    path = Path(source).expanduser() if source else None
+    if path and (path / "recipe.toml").is_file():
+        folder, source, path = folder or path, None, None
+    if source is None and folder and (folder / "recipe.toml").is_file():
+        recipe = load_run_recipe(folder)
+        if overrides:
+            recipe = load_recipe(folder / "recipe.toml", overrides)
+        return recipe, folder
+    if path and path.exists() and path.suffix != ".toml":
+        name = "".join(c if c.isalnum() or c in "._-" else "-" for c in path.resolve().stem).strip(".-_") or "own-text"
+        own = [f'data.path="{path}"', f'name="{name}"']
+        recipe = load_recipe("own-text", own + overrides)
+    else:
+        recipe = load_recipe(source or "shakespeare", overrides)
+    return recipe, folder or Path("runs") / recipe.name
+
+
+def _model_folder(model: str, stage: str) -> Path:
+    folder = Path(model).expanduser()
+    if not (folder / "config.json").exists():
+        for name in (stage, "base"):
+            if (folder / name / "config.json").exists():
+                return folder / name
+    return folder
+
+
+def _load(model: str, stage: str) -> Any:
+    import lalia
+
+    return lalia.load(_model_folder(model, stage))
+
+
+def _logprobs(result: Any) -> list[dict[str, Any]]:
+    def entry(token: Any) -> dict[str, Any]:
+        return {"token_id": token.token_id, "text": token.text, "logprob": token.logprob}
+
+    return [
+        entry(token) | {"alternatives": [entry(other) for other in others]}
+        for token, others in zip(result.logprobs, result.alternatives, strict=True)
+    ]
+
+
+def _print_plan(result: dict[str, Any]) -> None:
+    for name, entry in result["values"].items():
+        value = entry["value"]
+        shown = f"{value:,}" if isinstance(value, int) else str(value)
+        print(f"{name.replace('_', ' '):<24} {shown:>12}   {entry['reason']}")
+    predicted = result["predicted"]
+    low, high = predicted["bits_per_byte_interval"]
+    print(
+        f"{'expected time':<24} {predicted['seconds']:>10,.0f} s   at {predicted['tokens_per_second']:,} tokens/s, measured here"
+    )
+    print(
+        f"{'expected memory':<24} {predicted['memory_bytes'] / 2**20:>8,.0f} MiB   weights, optimizer, activations, runtime"
+    )
+    print(f"{'expected bits per byte':<24} {predicted['bits_per_byte']:>12.2f}   between {low:.2f} and {high:.2f}")
+
+
+def _print_json(content: Any) -> None:
+    json.dump(content, sys.stdout, indent=2, ensure_ascii=False, default=str)
+    sys.stdout.write("\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""A conversation in the terminal: lines in, streamed replies out."""
+
+import sys
+from typing import Any
+
+from lalia.errors import UserError
+from lalia.inference.language_model import LanguageModel
+
+
+def converse(
+    model: LanguageModel, system: str | None, sampling: dict[str, Any], quiet: bool = False
+) -> list[dict[str, str]]:
+    """Read turns from standard input until it ends and print the replies as they are produced.
+
+    When the conversation outgrows the model's context the oldest exchange is left out, and that is said.
+
+    Returns:
+        the whole conversation.
+    """
+    interactive = sys.stdin.isatty() and not quiet
+    messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
+    if interactive:
+        print(f"Talking with {model.name}. An empty line or Ctrl-D ends the conversation.")
+    while True:
+        line = _read_turn(interactive)
+        if not line:
+            break
+        if not interactive and not quiet:
+            print(f"you> {line}")
+        messages.append({"role": "user", "content": line})
+        try:
+            shown = model.fit_messages(messages, sampling["max_tokens"] or 1)
+            if len(shown) < len(messages) and not quiet:
+                print(
+                    f"({len(messages) - len(shown)} earlier turns no longer fit the context of {model.max_length} tokens)"
+                )
+            reply = _stream_reply(model, shown, sampling, quiet)
+        except UserError as error:
+            messages.pop()
+            print(f"lalia: {error}", file=sys.stderr)
+            if not interactive:
+                raise
+            continue
+        messages.append({"role": "assistant", "content": reply})
+    return messages
+
+
+def _read_turn(interactive: bool) -> str:
+    if interactive:
+        try:
+            return input("you> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return ""
+    return sys.stdin.readline().strip()
+
+
+def _stream_reply(model: LanguageModel, messages: list[dict[str, str]], sampling: dict[str, Any], quiet: bool) -> str:
+    pieces = []
+    if not quiet:
+        sys.stdout.write(f"{model.name}> ")
+    for piece in model.chat(messages, stream=True, **sampling):
+        pieces.append(piece)
+        if not quiet:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    if not quiet:
+        print()
+    return "".join(pieces)

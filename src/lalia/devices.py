@@ -1,0 +1,50 @@
+"""What this machine has: processors, memory, thread settings."""
+
+import os
+import platform
+from pathlib import Path
+
+
+def num_cpus() -> int:
+    """Processors this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on macOS
+        return os.cpu_count() or 1
+
+
+def cpu_name() -> str:
+    """Model name of the processor."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def memory_bytes() -> int:
+    """Physical memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident size this process has had."""
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def use_threads(count: int | None = None) -> int:
+    """Set the threads PyTorch computes with (default: one per processor, or OMP_NUM_THREADS) and return them."""
+    import torch
+
+    if count is None:
+        asked = os.environ.get("OMP_NUM_THREADS", "")
+        count = int(asked) if asked.isdigit() and int(asked) > 0 else num_cpus()
+    if torch.get_num_threads() != count:
+        torch.set_num_threads(count)
+    return count

@@ -1,0 +1,1 @@
+"""The one transformer: configuration, layers, attention, cache."""

@@ -1,0 +1,96 @@
+"""Scaled dot-product attention: PyTorch's fused kernel, and a blocked form that trains faster on a CPU."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NUM_BLOCKS = 2
+"""Query blocks of the CPU form. Block i sees the keys up to its own end, so two blocks skip a quarter of the square
+and four 3/8; more blocks mean smaller matrix products. benchmarks/attention.py measures the trade."""
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None, causal: bool) -> Tensor:
+    """softmax(query key^T * scale + mask) value.
+
+    Args:
+        query: (batch, heads, seq, head_dim)
+        key, value: (batch, key_value_heads, keys, head_dim); each serves heads / key_value_heads consecutive heads.
+        mask: None, or boolean (batch or 1, 1, seq, keys), True where attention is allowed.
+        causal: with no mask, attend to positions up to one's own (seq == keys).
+
+    Returns:
+        (batch, heads, seq, head_dim)
+    """
+    trains = torch.is_grad_enabled() and query.requires_grad
+    if trains and query.device.type == "cpu" and (causal or mask is not None) and query.shape[2] == key.shape[2]:
+        repeats = query.shape[1] // key.shape[1]
+        if repeats > 1:
+            key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+        return _BlockedAttention.apply(query, key, value, _additive(query, mask), scale)
+    grouped = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=causal and mask is None, scale=scale, enable_gqa=grouped
+    )
+
+
+def _additive(query: Tensor, mask: Tensor | None) -> Tensor:
+    """Additive form of the mask, (1 or batch, seq, seq); a row's own position is always allowed."""
+    length = query.shape[2]
+    if mask is None:
+        allowed = torch.ones(1, length, length, dtype=torch.bool).tril_()
+    else:
+        allowed = mask.squeeze(1)
+    return torch.zeros(allowed.shape, dtype=query.dtype).masked_fill_(~allowed, float("-inf"))
+
+
+class _BlockedAttention(torch.autograd.Function):
+    """Causal attention by batched matrix products over query blocks, keeping the probabilities for backward.
+
+    PyTorch's flash kernel recomputes the scores in backward and, on CPUs, does its products in float32 tiles; where
+    the probabilities fit in memory (short sequences), plain products are two to three times as fast in bfloat16.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
+        batch, heads, length, head_dim = query.shape
+        q, k, v = (t.reshape(batch * heads, length, head_dim) for t in (query, key, value))
+        out = torch.empty_like(q)
+        probabilities = []
+        for start, end in _blocks(length):
+            scores = _scores(q[:, start:end], k[:, :end], mask[:, start:end, :end], scale, heads)
+            p = torch.softmax(scores, -1)  # (batch * heads, end - start, end)
+            out[:, start:end] = torch.bmm(p, v[:, :end])
+            probabilities.append(p)
+        ctx.save_for_backward(q, k, v, *probabilities)
+        ctx.scale, ctx.shape = scale, query.shape
+        return out.view(query.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        q, k, v, *probabilities = ctx.saved_tensors
+        scale, length = ctx.scale, q.shape[1]
+        grad = grad.reshape(q.shape)
+        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for (start, end), p in zip(_blocks(length), probabilities, strict=True):
+            g = grad[:, start:end]
+            grad_v[:, :end].baddbmm_(p.transpose(1, 2), g)
+            grad_p = torch.bmm(g, v[:, :end].transpose(1, 2))
+            grad_scores = torch._softmax_backward_data(grad_p, p, -1, p.dtype)
+            grad_q[:, start:end] = torch.bmm(grad_scores, k[:, :end]).mul_(scale)
+            grad_k[:, :end].baddbmm_(grad_scores.transpose(1, 2), q[:, start:end], alpha=scale)
+        return grad_q.view(ctx.shape), grad_k.view(ctx.shape), grad_v.view(ctx.shape), None, None
+
+
+def _blocks(length: int) -> list[tuple[int, int]]:
+    edges = [round(i * length / NUM_BLOCKS) for i in range(NUM_BLOCKS + 1)]
+    return [(start, end) for start, end in zip(edges, edges[1:], strict=False) if end > start]
+
+
+def _scores(q: Tensor, k: Tensor, mask: Tensor, scale: float, heads: int) -> Tensor:
+    if mask.shape[0] == 1:
+        return torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scale)
+    scores = torch.bmm(q, k.transpose(1, 2)).mul_(scale)
+    scores.view(-1, heads, *scores.shape[1:]).add_(mask.unsqueeze(1))
+    return scores

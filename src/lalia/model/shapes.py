@@ -1,0 +1,79 @@
+"""Default shapes: from a width and a depth to a whole ModelConfig, per family."""
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from lalia.model.config import ModelConfig
+from lalia.settings import Settings
+
+
+class ArchitectureConfig(Settings):
+    """Which transformer to build; whatever is None is planned."""
+
+    family: Literal["llama", "qwen3", "gemma3_text", "nanochat"] = "qwen3"
+    hidden_size: int | None = Field(default=None, ge=32, multiple_of=32)
+    num_hidden_layers: int | None = Field(default=None, gt=0)
+    head_dim: int | None = Field(default=None, ge=8, multiple_of=2)
+    num_key_value_heads: int | None = Field(default=None, gt=0)
+    intermediate_size: int | None = Field(default=None, gt=0)
+    max_position_embeddings: int | None = Field(default=None, gt=0)
+    """Longest context in tokens; None means the training sequence length."""
+    tie_word_embeddings: bool | None = None
+
+    def build(
+        self, vocab_size: int, context: int, hidden_size: int | None = None, num_layers: int | None = None
+    ) -> ModelConfig:
+        """The whole configuration, with a width and depth for those the settings leave open.
+
+        The feed-forward width is 8/3 of the hidden size where it is gated and 4 times where it is not, which costs
+        the same (Shazeer 2020), rounded to a multiple of 64.
+        """
+        hidden = self.hidden_size or hidden_size
+        layers = self.num_hidden_layers or num_layers
+        if hidden is None or layers is None:
+            raise ValueError("hidden_size and num_hidden_layers must be set or planned")
+        head_dim = self.head_dim or (64 if hidden % 64 == 0 else 32)
+        if hidden % head_dim:
+            raise ValueError(f"hidden_size = {hidden} must be a multiple of head_dim = {head_dim}")
+        heads = hidden // head_dim
+        switches = _SWITCHES[self.family](hidden)
+        gated = switches.get("gated", True)
+        values: dict[str, Any] = {
+            "family": self.family,
+            "vocab_size": vocab_size,
+            "hidden_size": hidden,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": self.num_key_value_heads or heads,
+            "head_dim": head_dim,
+            "intermediate_size": self.intermediate_size or (round(hidden * 8 / 3 / 64) * 64 if gated else 4 * hidden),
+            "max_position_embeddings": self.max_position_embeddings or context,
+            **switches,
+        }
+        if self.tie_word_embeddings is not None:
+            values["tie_word_embeddings"] = self.tie_word_embeddings
+        return ModelConfig.parse(values, "model")
+
+
+_SWITCHES: dict[str, Any] = {
+    "llama": lambda hidden: {"rms_norm_eps": 1e-5},
+    "qwen3": lambda hidden: {"qk_norm": "before_rope"},
+    "gemma3_text": lambda hidden: {
+        "qk_norm": "before_rope",
+        "norm_order": "sandwich",
+        "norm_weight": "offset",
+        "activation": "gelu_tanh",
+        "embedding_multiplier": hidden**0.5,
+    },
+    "nanochat": lambda hidden: {
+        "qk_norm": "after_rope",
+        "norm_weight": "none",
+        "embedding_norm": True,
+        "activation": "relu_squared",
+        "gated": False,
+        "tie_word_embeddings": False,
+        "logit_softcap": 15.0,
+        "rope_direction": -1,
+    },
+}

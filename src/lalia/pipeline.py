@@ -1,0 +1,289 @@
+"""Runs the stages of a recipe in order; each is done once, continues if it was interrupted, and says why if redone.
+
+A stage works in `runs/NAME/.STAGE.partial` and is renamed to `runs/NAME/STAGE` when it is complete, with a receipt.
+The fingerprint in the receipt covers the stage's settings and those of everything it was made from: the same
+fingerprint means done; a partial folder with the same fingerprint is continued; anything else is made anew, and the
+old result stays until the new one is whole.
+"""
+
+import contextlib
+import json
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lalia import __version__
+from lalia.errors import CorruptFile, UserError
+from lalia.files import fingerprint, read_json, replace_directory, run_lock, write_json, write_text
+from lalia.progress import Progress
+from lalia.recipe import Recipe, to_toml
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder and the recipe that fills it."""
+
+    folder: Path
+    recipe: Recipe
+    progress: Progress
+
+    def path(self, stage: str) -> Path:
+        """Folder of a finished stage."""
+        return self.folder / stage
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the recipe.
+
+    Attributes:
+        name: also the folder's name.
+        inputs: stages it reads.
+        settings: what, besides the inputs, its result depends on.
+        make: does the work in a given empty (or interrupted, if `resumable`) folder; returns a summary.
+        resumable: keeps the partial folder of an interrupted attempt.
+        wanted: whether the recipe has this stage at all.
+        version: raised when the stage's output changes for the same settings.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    settings: Callable[[Run], dict[str, Any]]
+    make: Callable[[Run, Path, str], dict[str, Any]]
+    resumable: bool = False
+    wanted: Callable[[Recipe], bool] = lambda recipe: True
+    version: int = 1
+
+
+def run_recipe(
+    recipe: Recipe, folder: Path | None = None, until: str | None = None, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Run the stages of a recipe up to `until`.
+
+    Args:
+        recipe: what to make.
+        folder: the run folder; default runs/NAME.
+        until: name of the last stage to run; None means all.
+        progress: where to report; by default to stderr and log.jsonl.
+
+    Returns:
+        the summary of each stage by name, with "run" the folder.
+
+    Raises:
+        UserError: for anything the user can mend: data, settings, a folder in use, a full disk.
+    """
+    folder = folder or Path("runs") / recipe.name
+    with run_lock(folder):
+        progress = progress or Progress(folder / "log.jsonl")
+        if progress.log_path is None:
+            progress.log_path = folder / "log.jsonl"
+        run = Run(folder, recipe, progress)
+        _record_start(run)
+        results: dict[str, Any] = {"run": str(folder)}
+        for stage in stages_until(recipe, until):
+            results[stage.name] = _ensure(run, stage)
+        return results
+
+
+def stages_until(recipe: Recipe, until: str | None) -> list[Stage]:
+    """The stages that the recipe wants, in order, up to and including `until`."""
+    from lalia.stages import STAGES
+
+    wanted = [stage for stage in STAGES if stage.wanted(recipe)]
+    if until is None:
+        return wanted
+    names = [stage.name for stage in wanted]
+    if until not in names:
+        raise UserError(f"this recipe has no stage {until!r}; its stages are {', '.join(names)}")
+    return wanted[: names.index(until) + 1]
+
+
+def status(run: Run, stage: Stage) -> tuple[str, str]:
+    """("done" | "continue" | "make", reason) of a stage, without doing anything."""
+    wanted = stage_fingerprint(run, stage)
+    receipt_path = run.path(stage.name) / "receipt.json"
+    reason = "not made yet"
+    if receipt_path.exists():
+        receipt = read_json(receipt_path)
+        if receipt.get("fingerprint") == wanted:
+            return "done", f"finished in {receipt.get('seconds', 0):.0f} s"
+        reason = _difference(receipt.get("identity", {}), _identity(run, stage))
+    partial = _partial(run, stage)
+    if stage.resumable and partial.is_dir() and _marker(partial) == wanted:
+        return "continue", "interrupted earlier"
+    return "make", reason
+
+
+def stage_fingerprint(run: Run, stage: Stage) -> str:
+    """Identity of a stage's result: its settings and the fingerprints of its inputs."""
+    return fingerprint(_identity(run, stage))
+
+
+def _identity(run: Run, stage: Stage) -> dict[str, Any]:
+    from lalia.stages import STAGES
+
+    by_name = {s.name: s for s in STAGES}
+    inputs = {name: stage_fingerprint(run, by_name[name]) for name in stage.inputs if by_name[name].wanted(run.recipe)}
+    return json.loads(
+        json.dumps({"version": stage.version, "settings": stage.settings(run), "inputs": inputs}, default=str)
+    )
+
+
+def _ensure(run: Run, stage: Stage) -> dict[str, Any]:
+    state, reason = status(run, stage)
+    if state == "done":
+        run.progress.say(f"{stage.name}: done ({reason})")
+        return read_json(run.path(stage.name) / "receipt.json")["summary"]
+    run.progress.heading(f"{stage.name}: {'continuing' if state == 'continue' else reason}")
+    partial = _partial(run, stage)
+    if state == "make" and partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True, exist_ok=True)
+    identity = _identity(run, stage)
+    mark = fingerprint(identity)
+    write_text(partial / ".fingerprint", mark)
+    began = time.monotonic()
+    run.progress.record("stage_start", stage=stage.name, state=state, reason=reason)
+    previous = _seconds_so_far(partial)
+    try:
+        summary = stage.make(run, partial, mark)
+    except OSError as error:
+        raise UserError(_explain(error, run.folder, stage.name)) from error
+    finally:
+        with contextlib.suppress(OSError):  # on a full disk the stage's own error is the one to report
+            (partial / ".seconds").write_text(str(previous + time.monotonic() - began), encoding="utf-8")
+    seconds = previous + time.monotonic() - began
+    write_json(
+        partial / "receipt.json",
+        {
+            "stage": stage.name,
+            "fingerprint": mark,
+            "seconds": round(seconds, 2),
+            "summary": summary,
+            "identity": identity,
+        },
+    )
+    for leftover in (".fingerprint", ".seconds"):
+        (partial / leftover).unlink(missing_ok=True)
+    replace_directory(partial, run.path(stage.name))
+    run.progress.record("stage_end", stage=stage.name, seconds=round(seconds, 2))
+    run.progress.say(f"{stage.name}: finished in {seconds:.0f} s")
+    return summary
+
+
+def _partial(run: Run, stage: Stage) -> Path:
+    return run.folder / f".{stage.name}.partial"
+
+
+def _marker(partial: Path) -> str | None:
+    path = partial / ".fingerprint"
+    return path.read_text(encoding="utf-8") if path.exists() else None
+
+
+def _seconds_so_far(partial: Path) -> float:
+    try:
+        return float((partial / ".seconds").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return 0.0
+
+
+def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+    changed = [
+        f"{key.removeprefix('settings.')} changed"
+        for key in sorted(_leaves(old).keys() | _leaves(new).keys())
+        if _leaves(old).get(key) != _leaves(new).get(key)
+    ]
+    return "made anew because " + ", ".join(changed[:4]) + (" and more" if len(changed) > 4 else "")
+
+
+def _leaves(values: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(values, dict):
+        return {prefix: values}
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        result |= _leaves(value, f"{prefix}.{key}" if prefix else key)
+    return result
+
+
+def _explain(error: OSError, folder: Path, stage: str) -> str:
+    import errno
+
+    place = error.filename or folder
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        free = shutil.disk_usage(folder).free
+        return (
+            f"no space left while writing {place} (stage {stage}; {free / 2**20:.0f} MiB free); nothing finished was "
+            "lost: free some space and run the same command again"
+        )
+    if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        return f"cannot write {place} ({error.strerror}); choose another run folder with --run FOLDER"
+    return f"stage {stage} failed on {place}: {error.strerror or error}"
+
+
+def _record_start(run: Run) -> None:
+    try:
+        write_text(run.folder / "recipe.toml", to_toml(run.recipe.model_dump(mode="json")))
+        write_json(run.folder / "environment.json", environment())
+    except OSError as error:
+        raise UserError(_explain(error, run.folder, "start")) from error
+    run.progress.record("start", argv=sys.argv)
+
+
+def environment() -> dict[str, Any]:
+    """Machine and versions that a run's figures depend on."""
+    from importlib.metadata import version
+
+    from lalia.devices import cpu_name, memory_bytes, num_cpus
+
+    return {
+        "lalia": __version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "torch": version("torch"),
+        "platform": platform.platform(),
+        "cpu": cpu_name(),
+        "cores": num_cpus(),
+        "memory_bytes": memory_bytes(),
+    }
+
+
+def _commit() -> str | None:
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
+
+
+def read_receipts(folder: Path, names: Iterable[str]) -> dict[str, Any]:
+    """Receipts of the finished stages among `names`."""
+    found = {}
+    for name in names:
+        path = folder / name / "receipt.json"
+        if path.exists():
+            found[name] = read_json(path)
+    return found
+
+
+def load_run_recipe(folder: Path) -> Recipe:
+    """The recipe that a run folder was made with.
+
+    Raises:
+        CorruptFile: if the folder holds none.
+    """
+    import tomllib
+
+    path = folder / "recipe.toml"
+    if not path.exists():
+        raise CorruptFile(f"{folder} is not a run folder: it has no recipe.toml; make one with `lalia run RECIPE`")
+    return Recipe.parse(tomllib.loads(path.read_text(encoding="utf-8")), str(path))

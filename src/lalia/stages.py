@@ -1,0 +1,127 @@
+"""The stages of a recipe, each a few lines that call the room which does the work."""
+
+from pathlib import Path
+from typing import Any
+
+from lalia.files import fingerprint, read_json, write_json
+from lalia.pipeline import Run, Stage
+from lalia.progress import Progress
+
+
+def _collect(run: Run, out: Path, mark: str) -> dict[str, Any]:
+    from lalia.data.collect import collect
+
+    return collect(run.recipe.data, out, run.progress)
+
+
+def _collect_settings(run: Run) -> dict[str, Any]:
+    from lalia.data.collect import input_fingerprint
+
+    return {"data": run.recipe.data.model_dump(), "files": input_fingerprint(run.recipe.data)}
+
+
+def _tokenize(run: Run, out: Path, mark: str) -> dict[str, Any]:
+    from lalia.data.tokenize import tokenize
+
+    return tokenize(run.recipe.tokenizer, run.path("documents"), out, run.progress)
+
+
+def _plan(run: Run, out: Path, mark: str) -> dict[str, Any]:
+    from lalia.planner import make_plan
+
+    manifest = read_json(run.path("tokens") / "manifest.json")
+    plan = make_plan(run.recipe, manifest, run.progress)
+    write_json(out / "plan.json", plan)
+    return {name: entry["value"] for name, entry in plan["values"].items()}
+
+
+def _planned(run: Run) -> dict[str, Any]:
+    """A plan holds what was measured on the day, so what was planned counts, not only what was asked."""
+    path = run.path("plan") / "plan.json"
+    plan = read_json(path) if path.exists() else {}
+    return {"planned": fingerprint([plan.get(key) for key in ("values", "model", "optimizer")])}
+
+
+def _pretrain(run: Run, out: Path, mark: str) -> dict[str, Any]:
+    from lalia.training.pretrain import pretrain
+
+    plan = read_json(run.path("plan") / "plan.json")
+    return pretrain(run.recipe.pretrain, plan, run.path("tokens"), out, mark, _metrics(run, out))
+
+
+def _finetune(run: Run, out: Path, mark: str) -> dict[str, Any]:
+    from lalia.posttraining.finetune import finetune
+
+    plan = read_json(run.path("plan") / "plan.json")
+    return finetune(
+        run.recipe.finetune,
+        run.recipe.pretrain,
+        plan,
+        run.path("documents"),
+        run.path("tokens"),
+        run.path("base"),
+        out,
+        mark,
+        _metrics(run, out),
+    )
+
+
+def _evaluate(run: Run, out: Path, mark: str) -> dict[str, Any]:
+    from lalia.evaluation.evaluate import evaluate
+
+    models = {"base": run.path("base")}
+    if run.recipe.finetune.enabled:
+        models["chat"] = run.path("chat")
+    return evaluate(run.recipe.evaluate, run.path("documents"), models, out, run.progress)
+
+
+def _report(run: Run, out: Path, mark: str) -> dict[str, Any]:
+    from lalia.evaluation.publish import publish
+
+    return publish(run.folder, out)
+
+
+def _metrics(run: Run, out: Path) -> Progress:
+    return Progress(out / "metrics.jsonl", quiet=run.progress.quiet)
+
+
+STAGES = [
+    Stage("documents", (), _collect_settings, _collect),
+    Stage("tokens", ("documents",), lambda run: {"tokenizer": run.recipe.tokenizer.model_dump()}, _tokenize),
+    Stage(
+        "plan",
+        ("tokens",),
+        lambda run: {
+            "model": run.recipe.model.model_dump(),
+            "pretrain": run.recipe.pretrain.model_dump(exclude={"checkpoint_seconds"}),
+            "finetune": run.recipe.finetune.model_dump(include={"enabled", "budget", "steps"}),
+        },
+        _plan,
+    ),
+    Stage("base", ("tokens", "plan"), _planned, _pretrain, resumable=True),
+    Stage(
+        "chat",
+        ("documents", "base"),
+        lambda run: {"finetune": run.recipe.finetune.model_dump(exclude={"checkpoint_seconds"})},
+        _finetune,
+        resumable=True,
+        wanted=lambda recipe: recipe.finetune.enabled,
+    ),
+    Stage(
+        "evaluation",
+        ("documents", "base", "chat"),
+        lambda run: {"evaluate": run.recipe.evaluate.model_dump()},
+        _evaluate,
+    ),
+    Stage("report", ("documents", "tokens", "plan", "base", "chat", "evaluation"), lambda run: {}, _report),
+]
+
+VERBS = {
+    "collect": "documents",
+    "tokenize": "tokens",
+    "plan": "plan",
+    "pretrain": "base",
+    "finetune": "chat",
+    "evaluate": "evaluation",
+}
+"""Which stage each verb of the command line ends with."""

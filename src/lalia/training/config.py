@@ -1,0 +1,49 @@
+"""Settings of a training stage."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from lalia.settings import Settings
+
+
+class OptimizerConfig(Settings):
+    """Learning rates by role, and the schedule they share."""
+
+    matrix_learning_rate: float = Field(default=0.02, gt=0)
+    """Muon, for the matrices inside the layers."""
+    embedding_learning_rate: float = Field(default=0.006, gt=0)
+    """AdamW, for the embedding and the head."""
+    scalar_learning_rate: float = Field(default=0.006, gt=0)
+    """AdamW, for the norm weights."""
+    momentum: float = Field(default=0.95, ge=0, lt=1)
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled decay of the matrices, multiplied by the learning rate."""
+    warmup_fraction: float = Field(default=0.01, ge=0, lt=1)
+    decay_fraction: float = Field(default=0.6, ge=0, le=1)
+    """Share of the steps, at the end, over which the learning rate falls linearly."""
+    final_learning_rate_fraction: float = Field(default=0.0, ge=0, le=1)
+    gradient_clip: float = Field(default=1.0, gt=0)
+    """Largest global norm of the gradient of the mean loss."""
+
+
+class TrainingConfig(Settings):
+    """How long, on what batches and in which precision to train; whatever is None is planned."""
+
+    budget: str | None = None
+    """Training time, such as "6 minutes"; the planner turns it into a model size and a number of steps."""
+    steps: int | None = Field(default=None, gt=0)
+    sequence_length: int | None = Field(default=None, ge=8)
+    batch_size: int | None = Field(default=None, gt=0)
+    """Sequences per optimizer step."""
+    micro_batch_size: int | None = Field(default=None, gt=0)
+    """Sequences per forward pass; None means the whole batch."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    optimizer: OptimizerConfig = OptimizerConfig()
+    evaluations: int = Field(default=8, ge=0)
+    """Evaluations along the run, evenly spaced; one at the end comes on top."""
+    evaluation_bytes: int = Field(default=100_000, gt=0)
+    """Bytes of held-out text that an evaluation along the run reads (the final one reads all)."""
+    checkpoint_seconds: float = Field(default=30.0, gt=0)
+    seed: int = 1

@@ -1,0 +1,77 @@
+"""Cross-entropy of a linear head without ever holding all logits."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK_ROWS = 512
+"""Rows of logits held at a time; 512 x 4096 float32 values are 8 MiB, which stays in a CPU's last-level cache."""
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float = 0.0) -> tuple[Tensor, int]:
+    """Sum of -log softmax(hidden weight^T)[target] over the rows whose target is not -100.
+
+    The gradients are computed in the forward pass, chunk by chunk, while the probabilities are at hand; so nothing
+    of size (rows, vocabulary) is kept and nothing is computed twice. Without gradients only the loss is computed.
+
+    Args:
+        hidden: (..., hidden_size); its dtype is that of the matrix products, the loss itself is float32.
+        weight: (vocab_size, hidden_size)
+        targets: (...) int64, -100 = not counted.
+        softcap: logits become cap * tanh(logits / cap); 0 = off.
+
+    Returns:
+        the loss sum in nats (a float32 scalar; 0 if nothing counts) and the number of rows counted.
+    """
+    hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    keep = targets != -100
+    count = int(keep.sum())
+    if count < len(targets):
+        hidden, targets = hidden[keep], targets[keep]
+    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+        return _LinearCrossEntropy.apply(hidden, weight, targets, softcap), count
+    total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    cast = weight.to(hidden.dtype)
+    for start in range(0, count, CHUNK_ROWS):
+        logits = _softcap(F.linear(hidden[start : start + CHUNK_ROWS], cast).float(), softcap)
+        total += F.cross_entropy(logits, targets[start : start + CHUNK_ROWS], reduction="sum")
+    return total, count
+
+
+def _softcap(logits: Tensor, cap: float) -> Tensor:
+    return logits.div_(cap).tanh_().mul_(cap) if cap else logits
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float) -> Tensor:
+        cast = weight.to(hidden.dtype)
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        for start in range(0, len(targets), CHUNK_ROWS):
+            rows, labels = hidden[start : start + CHUNK_ROWS], targets[start : start + CHUNK_ROWS, None]
+            logits = _softcap(F.linear(rows, cast).float(), softcap)  # (rows, vocab)
+            slope = 1.0 - (logits / softcap).square_() if softcap else None
+            log_z = logits.logsumexp(-1, keepdim=True)
+            total += (log_z - logits.gather(1, labels)).sum()
+            grad_logits = logits.sub_(log_z).exp_()  # softmax
+            grad_logits.scatter_add_(1, labels, torch.full_like(labels, -1, dtype=grad_logits.dtype))
+            if slope is not None:
+                grad_logits.mul_(slope)
+            grad_logits = grad_logits.to(hidden.dtype)
+            torch.mm(grad_logits, cast, out=grad_hidden[start : start + CHUNK_ROWS])
+            if hidden.dtype == torch.float32:
+                grad_weight.addmm_(grad_logits.t(), rows)
+            else:
+                grad_weight.add_(torch.mm(grad_logits.t(), rows))
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden * grad.to(grad_hidden.dtype), (grad_weight * grad).to(ctx.weight_dtype), None, None

@@ -1,0 +1,115 @@
+"""The pretrain stage: from token shards and a plan to a base model folder."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lalia.data.loader import PackedBatches
+from lalia.data.shards import TokenShards
+from lalia.devices import peak_memory_bytes, use_threads
+from lalia.formats.hf_folder import save_model
+from lalia.model.config import ModelConfig
+from lalia.model.transformer import Transformer
+from lalia.progress import Progress
+from lalia.tokenizer.bpe import Tokenizer
+from lalia.training.bits_per_byte import bits_per_byte
+from lalia.training.config import TrainingConfig
+from lalia.training.objectives import next_token
+from lalia.training.sample import sample_text
+from lalia.training.trainer import Trainer, initialize
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def pretrain(
+    config: TrainingConfig, plan: dict[str, Any], tokens: Path, out: Path, run_fingerprint: str, progress: Progress
+) -> dict[str, Any]:
+    """Train a base model as planned and write it to `out` as a Hugging Face folder.
+
+    Args:
+        config: optimizer and evaluation settings.
+        plan: plan.json: the model's shape, steps, batch, learning rates, precision, threads.
+        tokens: folder of the tokenize stage.
+        out: receives the model folder, metrics.jsonl and, while training, checkpoints.
+        run_fingerprint: identity of everything above; checkpoints of another are refused.
+        progress: where to report.
+
+    Returns:
+        what happened: steps, tokens, seconds, tokens per second, bits per byte, peak memory.
+    """
+    values = {name: entry["value"] for name, entry in plan["values"].items()}
+    use_threads(values["threads"])
+    tokenizer = Tokenizer.load(tokens / "tokenizer")
+    model = Transformer(ModelConfig.parse(plan["model"], "plan.json"))
+    initialize(model, config.seed)
+    model.compute_dtype = DTYPES[values["precision"]]
+    batches = PackedBatches(
+        TokenShards.open(tokens, "train", verify=True), values["sequence_length"], values["batch_size"], config.seed
+    )
+    steps = values["steps"]
+    evaluate = Evaluation(model, tokenizer, tokens, values["sequence_length"], config.evaluation_bytes, steps)
+    trainer = Trainer(
+        model,
+        batches,
+        next_token,
+        steps,
+        config.optimizer.model_copy(update=plan["optimizer"]),
+        out,
+        run_fingerprint,
+        progress,
+        config.micro_batch_size,
+        config.checkpoint_seconds,
+        evaluate,
+        evenly_spaced(steps, config.evaluations),
+    )
+    happened = trainer.train()
+    happened |= {"bits_per_byte": evaluate.last, "peak_memory_bytes": peak_memory_bytes(), "packing": batches.report()}
+    save_trained(model, tokenizer, out, eos_ids=[tokenizer.end_of_text_id])
+    return happened
+
+
+def evenly_spaced(steps: int, count: int) -> frozenset[int]:
+    """`count` steps before the end at which to evaluate, after equal shares of the run."""
+    return frozenset(round(steps * (i + 1) / (count + 1)) for i in range(count)) - {0, steps}
+
+
+def save_trained(model: Transformer, tokenizer: Tokenizer, out: Path, eos_ids: list[int]) -> None:
+    """Write the model folder and remove the checkpoints that led to it."""
+    model.compute_dtype = torch.float32
+    save_model(model, out, {"eos_token_id": eos_ids, "bos_token_id": tokenizer.end_of_text_id})
+    tokenizer.save(out, max_length=model.config.max_position_embeddings)
+    for path in out.glob("step-*"):
+        path.unlink() if path.is_file() else shutil.rmtree(path)
+
+
+class Evaluation:
+    """Bits per byte on held-out documents, and a text sampled from the model as it stands."""
+
+    def __init__(
+        self, model: Transformer, tokenizer: Tokenizer, tokens: Path, window: int, max_bytes: int, last_step: int
+    ) -> None:
+        self.model, self.tokenizer, self.window, self.last_step = model, tokenizer, window, last_step
+        shards = TokenShards.open(tokens, "validation")
+        self.documents = [shards.document(i) for i in range(shards.num_documents)]
+        self.table = tokenizer.token_bytes_table()
+        self.max_bytes = max_bytes
+        self.last: float | None = None
+
+    def __call__(self, step: int) -> dict[str, Any]:
+        final = step >= self.last_step
+        documents = self._all() if final else self._excerpt()
+        self.last = bits_per_byte(self.model, documents, self.window)
+        sample = sample_text(self.model, self.tokenizer, max_tokens=48, seed=step)
+        return {"bits_per_byte": self.last, "sample": sample, "all_of_validation": final}
+
+    def _all(self) -> list[tuple[list[int], int]]:
+        return [(ids.tolist(), int(self.table[ids].sum())) for ids in self.documents]
+
+    def _excerpt(self) -> list[tuple[list[int], int]]:
+        """The beginning of every document, as long as its share of `max_bytes`."""
+        total = sum(int(self.table[ids].sum()) for ids in self.documents)
+        share = min(1.0, self.max_bytes / max(total, 1))
+        excerpts = (ids[: max(2, round(len(ids) * share))] for ids in self.documents)
+        return [(ids.tolist(), int(self.table[ids].sum())) for ids in excerpts]
