@@ -330,13 +330,13 @@ def _print_plan(result: dict[str, Any]) -> None:
         print(f"{name.replace('_', ' '):<24} {shown:>12}   {entry['reason']}")
     predicted = result["predicted"]
     low, high = predicted["bits_per_byte_interval"]
-    print(
-        f"{'expected time':<24} {predicted['seconds']:>10,.0f} s   at {predicted['tokens_per_second']:,} tokens/s, measured here"
+    rows = (
+        ("time", f"{predicted['seconds']:,.0f} s", f"at {predicted['tokens_per_second']:,} tokens/s, measured here"),
+        ("memory", f"{predicted['memory_bytes'] / 2**20:,.0f} MiB", "weights, optimizer, activations, runtime"),
+        ("bits per byte", f"{predicted['bits_per_byte']:.2f}", f"between {low:.2f} and {high:.2f}"),
     )
-    print(
-        f"{'expected memory':<24} {predicted['memory_bytes'] / 2**20:>8,.0f} MiB   weights, optimizer, activations, runtime"
-    )
-    print(f"{'expected bits per byte':<24} {predicted['bits_per_byte']:>12.2f}   between {low:.2f} and {high:.2f}")
+    for name, value, reason in rows:
+        print(f"{'expected ' + name:<24} {value:>12}   {reason}")
 
 
 def _print_json(content: Any) -> None:

@@ -31,9 +31,8 @@ def converse(
         try:
             shown = model.fit_messages(messages, sampling["max_tokens"] or 1)
             if len(shown) < len(messages) and not quiet:
-                print(
-                    f"({len(messages) - len(shown)} earlier turns no longer fit the context of {model.max_length} tokens)"
-                )
+                left_out = len(messages) - len(shown)
+                print(f"({left_out} earlier turns no longer fit the context of {model.max_length} tokens)")
             reply = _stream_reply(model, shown, sampling, quiet)
         except UserError as error:
             messages.pop()

@@ -1,5 +1,6 @@
 """Scaled dot-product attention: PyTorch's fused kernel, and a blocked form that trains faster on a CPU."""
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -38,10 +39,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor
 def _additive(query: Tensor, mask: Tensor | None) -> Tensor:
     """Additive form of the mask, (1 or batch, seq, seq); a row's own position is always allowed."""
     length = query.shape[2]
-    if mask is None:
-        allowed = torch.ones(1, length, length, dtype=torch.bool).tril_()
-    else:
-        allowed = mask.squeeze(1)
+    allowed = torch.ones(1, length, length, dtype=torch.bool).tril_() if mask is None else mask.squeeze(1)
     return torch.zeros(allowed.shape, dtype=query.dtype).masked_fill_(~allowed, float("-inf"))
 
 
@@ -77,7 +75,7 @@ class _BlockedAttention(torch.autograd.Function):
             g = grad[:, start:end]
             grad_v[:, :end].baddbmm_(p.transpose(1, 2), g)
             grad_p = torch.bmm(g, v[:, :end].transpose(1, 2))
-            grad_scores = torch._softmax_backward_data(grad_p, p, -1, p.dtype)
+            grad_scores = torch.ops.aten._softmax_backward_data(grad_p, p, -1, p.dtype)
             grad_q[:, start:end] = torch.bmm(grad_scores, k[:, :end]).mul_(scale)
             grad_k[:, :end].baddbmm_(grad_scores.transpose(1, 2), q[:, start:end], alpha=scale)
         return grad_q.view(ctx.shape), grad_k.view(ctx.shape), grad_v.view(ctx.shape), None, None
@@ -85,7 +83,7 @@ class _BlockedAttention(torch.autograd.Function):
 
 def _blocks(length: int) -> list[tuple[int, int]]:
     edges = [round(i * length / NUM_BLOCKS) for i in range(NUM_BLOCKS + 1)]
-    return [(start, end) for start, end in zip(edges, edges[1:], strict=False) if end > start]
+    return [(start, end) for start, end in pairwise(edges) if end > start]
 
 
 def _scores(q: Tensor, k: Tensor, mask: Tensor, scale: float, heads: int) -> Tensor:

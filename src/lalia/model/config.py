@@ -34,21 +34,21 @@ class ModelConfig(Settings):
     embedding_multiplier: float = 1.0
 
     qk_norm: Literal["none", "before_rope", "after_rope"] = "none"
-    attention_scale: float | None = None
+    attention_scale: float | None = Field(default=None, gt=0)
     """Factor on query-key products; None means head_dim ** -0.5."""
     rope_theta: float = Field(default=10_000.0, gt=0)
-    rope_theta_local: float | None = None
+    rope_theta_local: float | None = Field(default=None, gt=0)
     """Base of the rotary frequencies in sliding-window layers; None means rope_theta."""
     rope_direction: Literal[1, -1] = 1
     """Sense of rotation; nanochat turns the other way."""
-    sliding_window: int | None = None
+    sliding_window: int | None = Field(default=None, gt=0)
     """Tokens a windowed layer attends to, the current one included."""
-    full_attention_every: int = 1
+    full_attention_every: int = Field(default=1, gt=0)
     """Every k-th layer attends to everything, the others to the sliding window; 1 means all layers do."""
 
     activation: Literal["silu", "gelu_tanh", "relu_squared"] = "silu"
     gated: bool = True
-    logit_softcap: float = 0.0
+    logit_softcap: float = Field(default=0.0, ge=0)
     """Logits become cap * tanh(logits / cap); 0 leaves them alone."""
 
     @model_validator(mode="after")

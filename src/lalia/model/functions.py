@@ -12,6 +12,52 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x weight^T, with the weight cast to the activation's dtype.
+
+    In float32 on a CPU the products of forward and of the input's gradient go to oneDNN, which PyTorch bundles and
+    uses for bfloat16 but not for float32; there it calls MKL, which on AMD processors is a third slower
+    (benchmarks/linear.py). The gradient of the weight is as fast in MKL and stays there.
+
+    Args:
+        x: (..., in_features)
+        weight: (out_features, in_features)
+
+    Returns:
+        (..., out_features)
+    """
+    if x.dtype == torch.float32 and weight.dtype == torch.float32 and _use_onednn(x):
+        return _Linear.apply(x, weight) if torch.is_grad_enabled() else _onednn(x, weight)
+    return F.linear(x, weight.to(x.dtype))
+
+
+def _use_onednn(x: Tensor) -> bool:
+    """For products large enough that the call's overhead does not count."""
+    return _HAS_ONEDNN and x.device.type == "cpu" and x.numel() >= 1 << 16
+
+
+_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def _onednn(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _onednn(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, weight = ctx.saved_tensors
+        grad_x = _onednn(grad, weight.t().contiguous()) if ctx.needs_input_grad[0] else None
+        rows = x.reshape(-1, x.shape[-1])
+        grad_weight = grad.reshape(-1, grad.shape[-1]).t() @ rows if ctx.needs_input_grad[1] else None
+        return grad_x, grad_weight
+
+
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """Root-mean-square norm over the last dimension, times `weight` (Zhang and Sennrich 2019).
 

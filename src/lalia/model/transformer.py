@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lalia.model.attention import attend
 from lalia.model.cache import KVCache
 from lalia.model.config import ModelConfig
-from lalia.model.functions import relu_squared, rms_norm, rotary_table, rotate, swiglu
+from lalia.model.functions import linear, relu_squared, rms_norm, rotary_table, rotate, swiglu
 
 
 class Linear(nn.Module):
@@ -20,7 +20,7 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        return linear(x, self.weight)
 
 
 class RMSNorm(nn.Module):
@@ -122,7 +122,9 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        # nn.Embedding(...) would draw random weights, for whoever made the model to overwrite; on the meta device that
+        # costs seconds of imports.
+        self.embedding = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size), freeze=False)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config)
         self.head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
@@ -165,7 +167,7 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores over the vocabulary, soft-capped if the config says so: (..., hidden_size) -> (..., vocab_size)."""
-        logits = F.linear(hidden, self.head_weight.to(hidden.dtype))
+        logits = linear(hidden, self.head_weight)
         cap = self.config.logit_softcap
         return torch.tanh(logits / cap) * cap if cap else logits
 

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lalia.model.functions import linear
+
 CHUNK_ROWS = 512
 """Rows of logits held at a time; 512 x 4096 float32 values are 8 MiB, which stays in a CPU's last-level cache."""
 
@@ -35,7 +37,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, softca
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
     cast = weight.to(hidden.dtype)
     for start in range(0, count, CHUNK_ROWS):
-        logits = _softcap(F.linear(hidden[start : start + CHUNK_ROWS], cast).float(), softcap)
+        logits = _softcap(linear(hidden[start : start + CHUNK_ROWS], cast).float(), softcap)
         total += F.cross_entropy(logits, targets[start : start + CHUNK_ROWS], reduction="sum")
     return total, count
 
@@ -48,12 +50,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float) -> Tensor:
         cast = weight.to(hidden.dtype)
+        transposed = cast.t().contiguous()  # (hidden_size, vocab_size)
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for start in range(0, len(targets), CHUNK_ROWS):
             rows, labels = hidden[start : start + CHUNK_ROWS], targets[start : start + CHUNK_ROWS, None]
-            logits = _softcap(F.linear(rows, cast).float(), softcap)  # (rows, vocab)
+            logits = _softcap(linear(rows, cast).float(), softcap)  # (rows, vocab)
             slope = 1.0 - (logits / softcap).square_() if softcap else None
             log_z = logits.logsumexp(-1, keepdim=True)
             total += (log_z - logits.gather(1, labels)).sum()
@@ -62,7 +65,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if slope is not None:
                 grad_logits.mul_(slope)
             grad_logits = grad_logits.to(hidden.dtype)
-            torch.mm(grad_logits, cast, out=grad_hidden[start : start + CHUNK_ROWS])
+            grad_hidden[start : start + CHUNK_ROWS] = linear(grad_logits, transposed)
             if hidden.dtype == torch.float32:
                 grad_weight.addmm_(grad_logits.t(), rows)
             else:

@@ -66,7 +66,7 @@ def pretrain(
     )
     happened = trainer.train()
     happened |= {"bits_per_byte": evaluate.last, "peak_memory_bytes": peak_memory_bytes(), "packing": batches.report()}
-    save_trained(model, tokenizer, out, eos_ids=[tokenizer.end_of_text_id])
+    save_trained(model, tokenizer, out, chat=False)
     return happened
 
 
@@ -75,11 +75,12 @@ def evenly_spaced(steps: int, count: int) -> frozenset[int]:
     return frozenset(round(steps * (i + 1) / (count + 1)) for i in range(count)) - {0, steps}
 
 
-def save_trained(model: Transformer, tokenizer: Tokenizer, out: Path, eos_ids: list[int]) -> None:
+def save_trained(model: Transformer, tokenizer: Tokenizer, out: Path, chat: bool) -> None:
     """Write the model folder and remove the checkpoints that led to it."""
     model.compute_dtype = torch.float32
+    eos_ids = [tokenizer.turn_end_id, tokenizer.end_of_text_id] if chat else [tokenizer.end_of_text_id]
     save_model(model, out, {"eos_token_id": eos_ids, "bos_token_id": tokenizer.end_of_text_id})
-    tokenizer.save(out, max_length=model.config.max_position_embeddings)
+    tokenizer.save(out, max_length=model.config.max_position_embeddings, chat=chat)
     for path in out.glob("step-*"):
         path.unlink() if path.is_file() else shutil.rmtree(path)
 

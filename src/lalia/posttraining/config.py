@@ -1,0 +1,38 @@
+"""Settings of the finetune stage."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from lalia.settings import Settings
+from lalia.training.config import OptimizerConfig
+
+
+class FinetuneConfig(Settings):
+    """Supervised finetuning of the base model into one that talks."""
+
+    enabled: bool = True
+    source: Literal["auto", "dialogue", "continuation"] = "auto"
+    """Where conversations come from: the speeches of plays, or passages of any text that the assistant continues.
+    "auto" takes dialogue if the documents have speeches."""
+    name: str = Field(default="Lalia", min_length=1, max_length=40)
+    """What the assistant calls itself."""
+    max_turns: int = Field(default=8, ge=2)
+    """Longest conversation in turns."""
+    identity_share: float = Field(default=0.08, ge=0, lt=1)
+    """Share of conversations about the assistant itself and its sources."""
+    pretraining_share: float = Field(default=0.25, ge=0, lt=1)
+    """Share of steps on pretraining text, so that the model does not forget it."""
+    budget: str | None = "1 minute"
+    steps: int | None = Field(default=None, gt=0)
+    micro_batch_size: int | None = Field(default=None, gt=0)
+    optimizer: OptimizerConfig = OptimizerConfig(
+        matrix_learning_rate=0.004,
+        embedding_learning_rate=0.0015,
+        scalar_learning_rate=0.0015,
+        warmup_fraction=0.02,
+        decay_fraction=0.9,
+    )
+    evaluations: int = Field(default=2, ge=0)
+    checkpoint_seconds: float = Field(default=30.0, gt=0)
+    seed: int = 2
