@@ -80,6 +80,7 @@ def score_documents(model: LanguageModel, documents: list[Document]) -> float:
 
 def converse(model: LanguageModel, seed: int, max_tokens: int = 80) -> list[list[dict[str, Any]]]:
     """Sample conversations with fixed user turns; each reply says whether the model ended it itself."""
+    max_tokens = min(max_tokens, model.max_length // 2)
     talks = []
     for number, questions in enumerate(TALKS):
         talk: list[dict[str, Any]] = []

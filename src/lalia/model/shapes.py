@@ -49,6 +49,8 @@ class ArchitectureConfig(Settings):
             "head_dim": head_dim,
             "intermediate_size": self.intermediate_size or (round(hidden * 8 / 3 / 64) * 64 if gated else 4 * hidden),
             "max_position_embeddings": self.max_position_embeddings or context,
+            # An embedding of its own costs memory but no time, and learns more per token (docs/decisions/002).
+            "tie_word_embeddings": False,
             **switches,
         }
         if self.tie_word_embeddings is not None:
@@ -72,7 +74,6 @@ _SWITCHES: dict[str, Any] = {
         "embedding_norm": True,
         "activation": "relu_squared",
         "gated": False,
-        "tie_word_embeddings": False,
         "logit_softcap": 15.0,
         "rope_direction": -1,
     },

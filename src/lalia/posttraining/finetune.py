@@ -68,8 +68,12 @@ def finetune(
     train = read_documents(documents, "train")
     conversations, counts = collect_conversations(config, train, tokenizer, length, steps * batch_size * length)
     encoded = [render_with_mask(tokenizer, messages) for messages in conversations]
+    fitting = [(ids, mask) for ids, mask in encoded if len(ids) <= length]
+    if len(fitting) < len(encoded):
+        counts["longer than the context, left out"] = len(encoded) - len(fitting)
+        encoded = fitting
     progress.say(f"{len(encoded):,} conversations: " + ", ".join(f"{n:,} {kind}" for kind, n in counts.items()))
-    model = load_model(base)
+    model = load_model(base).requires_grad_(True)
     model.compute_dtype = DTYPES[values["precision"]]
     batches = Mixture(
         PackedConversations(encoded, length, batch_size, config.seed),

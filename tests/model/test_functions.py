@@ -1,0 +1,252 @@
+"""The hand-written functions of the transformer against textbook expressions: values and gradients."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lalia.model.attention import attend
+from lalia.model.functions import relu_squared, rms_norm, rotary_table, rotate, swiglu
+
+EPS = 1e-2  # large enough to be seen
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def leaves(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(t.detach().clone().requires_grad_() for t in tensors)
+
+
+def gradients(function: Callable[..., Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Value and gradients under a random, non-contiguous upstream gradient."""
+    tensors = leaves(*tensors)
+    out = function(*tensors)
+    upstream = random(*reversed(out.shape), dtype=out.dtype, seed=9).permute(*reversed(range(out.dim())))
+    return out.detach(), *torch.autograd.grad(out, tensors, upstream)
+
+
+def assert_close(ours: tuple[Tensor, ...], expected: tuple[Tensor, ...], tolerance: float) -> None:
+    for number, (a, b) in enumerate(zip(ours, expected, strict=True)):
+        scale = b.double().abs().max()
+        assert (a.double() - b.double()).abs().max() <= tolerance * scale, f"output {number}"
+
+
+def textbook_rms_norm(x: Tensor, weight: Tensor | None = None) -> Tensor:
+    y = x / torch.sqrt(x.square().mean(-1, keepdim=True) + EPS)
+    return y if weight is None else y * weight
+
+
+def textbook_rotate(x: Tensor, positions: Tensor, theta: float, direction: int) -> Tensor:
+    """Multiply pair i (dimensions i and i + half) as a complex number by exp(1j * position * theta ** (-i / half))."""
+    half = x.shape[-1] // 2
+    frequency = torch.tensor([theta ** (-i / half) for i in range(half)], dtype=torch.float64)
+    angle = positions.double()[..., None, None] * frequency * direction  # (batch or none, seq, 1, half)
+    turned = torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones_like(angle), angle)
+    return torch.cat((turned.real, turned.imag), -1).transpose(1, 2)
+
+
+def textbook_swiglu(x: Tensor) -> Tensor:
+    gate, up = x.chunk(2, -1)
+    return gate * torch.sigmoid(gate) * up
+
+
+def textbook_relu_squared(x: Tensor) -> Tensor:
+    return torch.where(x > 0, x * x, torch.zeros_like(x))
+
+
+def textbook_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, allowed: Tensor) -> Tensor:
+    repeats = query.shape[1] // key.shape[1]
+    heads = [
+        torch.softmax((query[:, h] @ key[:, h // repeats].mT * scale).masked_fill(~allowed[:, 0], -torch.inf), -1)
+        @ value[:, h // repeats]
+        for h in range(query.shape[1])
+    ]
+    return torch.stack(heads, 1)
+
+
+# Value, gradient, and gradient by finite differences, in double precision.
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("shape", [(3, 7), (2, 3, 2, 6)])
+def test_rms_norm(weighted: bool, shape: tuple[int, ...]) -> None:
+    x, weight = random(*shape), random(shape[-1], seed=1)
+    inputs = (x, weight) if weighted else (x,)
+
+    def ours(x: Tensor, weight: Tensor | None = None) -> Tensor:
+        return rms_norm(x, weight, EPS)
+
+    assert_close(gradients(ours, *inputs), gradients(textbook_rms_norm, *inputs), 1e-12)
+    assert torch.autograd.gradcheck(ours, leaves(*inputs))
+    with torch.no_grad():
+        assert_close((ours(*inputs),), (textbook_rms_norm(*inputs),), 1e-12)
+
+
+def test_rms_norm_of_views_and_of_zeros() -> None:
+    x = random(2, 5, 4, 6)
+    view = x.split((2, 2), 2)[1]  # as the keys in a fused projection
+    assert_close((rms_norm(view, None, EPS),), (textbook_rms_norm(view),), 1e-12)
+    (zeros,) = leaves(torch.zeros(2, 4))
+    out = rms_norm(zeros, torch.ones(4), 1e-6)
+    (gradient,) = torch.autograd.grad(out.sum(), zeros)
+    assert torch.equal(out, torch.zeros(2, 4))
+    assert bool(torch.isfinite(gradient).all())
+
+
+def test_rms_norm_keeps_the_dtype_of_x() -> None:
+    x, weight = random(4, 16, dtype=torch.bfloat16), random(16, dtype=torch.float32, seed=1)
+    out, grad_x, grad_weight = gradients(lambda x, w: rms_norm(x, w, EPS), x, weight)
+    assert (out.dtype, grad_x.dtype, grad_weight.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize("direction", [1, -1])
+@pytest.mark.parametrize("batched", [True, False])
+def test_rotate(direction: int, batched: bool) -> None:
+    positions = torch.tensor([[0, 1, 5, 30], [7, 2, 0, 3]]) if batched else torch.tensor([0, 3, 4, 31])
+    cos, sin = rotary_table(positions, 6, 100.0, direction)
+    assert cos.dtype == torch.float32 and cos.shape == (*positions.shape, 6)
+
+    def ours(x: Tensor) -> Tensor:
+        return rotate(x, cos.double(), sin.double())
+
+    def textbook(x: Tensor) -> Tensor:
+        return textbook_rotate(x, positions, 100.0, direction)
+
+    x = random(2, 4, 3, 6)
+    assert_close(gradients(ours, x), gradients(textbook, x), 1e-5)  # the table is float32
+    assert torch.autograd.gradcheck(ours, leaves(x))
+    with torch.no_grad():
+        assert_close((ours(x),), (textbook(x),), 1e-5)
+    assert ours(x).is_contiguous()
+    wrong = textbook_rotate(x, positions, 100.0, -direction)
+    assert (ours(x) - wrong).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(("ours", "textbook"), [(swiglu, textbook_swiglu), (relu_squared, textbook_relu_squared)])
+def test_activations(ours: Callable[[Tensor], Tensor], textbook: Callable[[Tensor], Tensor]) -> None:
+    x = random(2, 3, 10)
+    assert_close(gradients(ours, x), gradients(textbook, x), 1e-12)
+    assert torch.autograd.gradcheck(ours, leaves(x))
+    kept = x.clone()
+    with torch.no_grad():
+        assert_close((ours(x),), (textbook(x),), 1e-12)
+    assert torch.equal(x, kept), "the input was overwritten"
+
+
+# Attention: the blocked CPU form (training) and PyTorch's kernel (no gradient), against the textbook.
+
+
+def documents(*lengths: int) -> Tensor:
+    return torch.cat([torch.full((length,), number) for number, length in enumerate(lengths)])
+
+
+def causal(length: int) -> Tensor:
+    return torch.ones(length, length, dtype=torch.bool).tril()[None, None]
+
+
+def document_mask(*rows: tuple[int, ...]) -> Tensor:
+    ids = torch.stack([documents(*row) for row in rows])
+    return causal(ids.shape[1]) & (ids[:, None, :, None] == ids[:, None, None, :])
+
+
+MASKS = {
+    "causal-8": (8, None),
+    "causal-7": (7, None),
+    "causal-2": (2, None),
+    "window": (7, causal(7).triu(-2)),
+    "documents": (7, document_mask((3, 4), (1, 6))),
+    "one-row-of-documents": (9, document_mask((2, 4, 3))),
+}
+
+
+@pytest.mark.parametrize("case", MASKS)
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_attention(case: str, kv_heads: int) -> None:
+    length, mask = MASKS[case]
+    allowed = causal(length) if mask is None else mask
+    inputs = random(2, 4, length, 6), random(2, kv_heads, length, 6, seed=1), random(2, kv_heads, length, 6, seed=2)
+
+    def ours(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return attend(query, key, value, 0.7, mask, causal=mask is None)
+
+    def textbook(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return textbook_attention(query, key, value, 0.7, allowed)
+
+    expected = gradients(textbook, *inputs)
+    assert "_BlockedAttention" in type(ours(*leaves(*inputs)).grad_fn).__name__
+    assert_close(gradients(ours, *inputs), expected, 1e-12)
+    with torch.no_grad():
+        assert_close((ours(*inputs),), expected[:1], 1e-12)
+    single = tuple(t.float() for t in inputs)
+    fused = gradients(
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=0.7, enable_gqa=True), *single
+    )
+    assert_close(gradients(ours, *single), fused, 2e-6)
+
+
+def test_attention_by_finite_differences() -> None:
+    mask = document_mask((2, 3))
+    inputs = random(1, 2, 5, 4), random(1, 1, 5, 4, seed=1), random(1, 1, 5, 4, seed=2)
+    assert torch.autograd.gradcheck(lambda q, k, v: attend(q, k, v, 0.5, mask, False), leaves(*inputs))
+    assert torch.autograd.gradcheck(lambda q, k, v: attend(q, k, v, 0.5, None, True), leaves(*inputs))
+
+
+def test_attention_sees_a_mask_that_is_off_by_one() -> None:
+    """The comparison above notices a single position too many."""
+    inputs = random(1, 2, 7, 6), random(1, 2, 7, 6, seed=1), random(1, 2, 7, 6, seed=2)
+    right, wrong = document_mask((3, 4)), document_mask((4, 3))
+    out, *_ = gradients(lambda q, k, v: attend(q, k, v, 0.7, wrong, False), *inputs)
+    assert (out - textbook_attention(*inputs, 0.7, right)).abs().max() > 0.1
+
+
+def test_attention_over_more_keys_than_queries() -> None:
+    """Decoding behind a cache, where gradients are off."""
+    query, key, value = random(2, 4, 2, 6), random(2, 2, 5, 6, seed=1), random(2, 2, 5, 6, seed=2)
+    allowed = torch.ones(2, 5, dtype=torch.bool).tril(3)[None, None]
+    with torch.no_grad():
+        out = attend(query, key, value, 0.7, allowed, causal=False)
+    assert_close((out,), (textbook_attention(query, key, value, 0.7, allowed),), 1e-12)
+
+
+# bfloat16: not further from the truth than the textbook expression evaluated in bfloat16 is.
+
+
+def bfloat16_error(function: Callable[..., Tensor], truth: tuple[Tensor, ...], *inputs: Tensor) -> list[float]:
+    found = gradients(function, *(t.bfloat16() for t in inputs))
+    return [
+        ((a.double() - b).pow(2).mean().sqrt() / b.pow(2).mean().sqrt()).item()
+        for a, b in zip(found, truth, strict=True)
+    ]
+
+
+def test_bfloat16() -> None:
+    x, weight = random(4, 64).bfloat16().double(), random(64, seed=1).bfloat16().double()
+    positions = torch.arange(4)
+    cos, sin = rotary_table(positions, 16, 100.0)
+    q, k, v = (random(2, 2, 32, 16, seed=seed).bfloat16().double() for seed in range(3))
+    allowed = causal(32)
+    cases: list[tuple[Callable[..., Tensor], Callable[..., Tensor], tuple[Tensor, ...]]] = [
+        (lambda x, w: rms_norm(x, w, EPS), textbook_rms_norm, (x, weight)),
+        (swiglu, textbook_swiglu, (x,)),
+        (relu_squared, textbook_relu_squared, (x,)),
+        (
+            lambda x: rotate(x, cos.to(x.dtype), sin.to(x.dtype)),
+            lambda x: textbook_rotate(x.double(), positions, 100.0, 1).to(x.dtype),
+            (x.view(1, 4, 4, 16),),
+        ),
+        (
+            lambda q, k, v: attend(q, k, v, 0.25, None, True),
+            lambda q, k, v: textbook_attention(q, k, v, 0.25, allowed),
+            (q, k, v),
+        ),
+    ]
+    for ours, textbook, inputs in cases:
+        truth = gradients(textbook, *inputs)
+        yardstick = bfloat16_error(textbook, truth, *inputs)
+        for error, theirs in zip(bfloat16_error(ours, truth, *inputs), yardstick, strict=True):
+            assert error < max(2 * theirs, 0.004), (ours, error, theirs)
+            assert error < 0.02
