@@ -32,7 +32,7 @@ Source = Annotated[
 RunFolder = Annotated[Path | None, typer.Option("--run", help="the run folder (default: runs/NAME)")]
 Json = Annotated[bool, typer.Option("--json", help="print machine-readable results on standard output")]
 Model = Annotated[str, typer.Argument(help="a model folder, or a run folder")]
-MaxTokens = Annotated[int | None, typer.Option(help="most tokens to produce")]
+MaxTokens = Annotated[int | None, typer.Option(help="most tokens to produce (default: some that fit the context)")]
 Temperature = Annotated[float, typer.Option(help="0 is greedy; higher is more varied")]
 TopK = Annotated[int, typer.Option(help="sample among the k most probable tokens; 0 = all")]
 TopP = Annotated[float, typer.Option(help="sample among the tokens that hold this probability")]
@@ -97,11 +97,20 @@ def plan(
 
     overrides = list(overrides or [])
     if minutes is not None:
-        overrides.append(f'pretrain.budget="{minutes:g} minutes"')
+        overrides.append(f'pretrain.budget="{minutes:f} minutes"')
     recipe, run_folder = _resolve(source, overrides, folder)
+    if minutes is not None and recipe.pretrain.steps:
+        raise UserError(
+            f"--minutes has no effect where the number of steps is fixed (pretrain.steps = {recipe.pretrain.steps}); "
+            "leave out one of them"
+        )
+    from lalia.pipeline import Run, stages_until, status
     from lalia.planner import facts_of_data, make_plan
 
-    result = make_plan(recipe, facts_of_data(recipe, run_folder), Progress(quiet=True))
+    progress = Progress(quiet=True)
+    run = Run(run_folder, recipe, progress)
+    tokenized = all(status(run, stage)[0] == "done" for stage in stages_until(recipe, "tokens"))
+    result = make_plan(recipe, facts_of_data(recipe, run_folder if tokenized else None), progress)
     if as_json:
         _print_json(result)
         return
@@ -112,7 +121,7 @@ def plan(
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Argument(help="text to continue; - reads standard input")] = "",
-    max_tokens: MaxTokens = 200,
+    max_tokens: MaxTokens = None,
     temperature: Temperature = 0.8,
     top_k: TopK = 0,
     top_p: TopP = 1.0,
@@ -124,8 +133,10 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Continue a text."""
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = _standard_input() if prompt == "-" else prompt
     language_model = _load(model, "base")
+    if max_tokens is None:
+        max_tokens = max(1, min(200, language_model.max_length - len(language_model.encode(text))))
     sampling: dict[str, Any] = {
         "max_tokens": max_tokens,
         "temperature": temperature,
@@ -143,8 +154,9 @@ def generate(
             | ({"logprobs": _logprobs(result)} if logprobs is not None else {})
         )
         return
+    pieces = language_model.stream(text, **sampling)
     sys.stdout.write(text)
-    for piece in language_model.stream(text, **sampling):
+    for piece in pieces:
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")
@@ -154,7 +166,7 @@ def generate(
 def chat(
     model: Model = "runs/shakespeare/chat",
     system: Annotated[str | None, typer.Option(help="a system message to begin with")] = None,
-    max_tokens: MaxTokens = 120,
+    max_tokens: MaxTokens = None,
     temperature: Temperature = 0.7,
     top_k: TopK = 0,
     top_p: TopP = 0.9,
@@ -168,7 +180,7 @@ def chat(
 
     language_model = _load(model, "chat")
     sampling = {
-        "max_tokens": max_tokens,
+        "max_tokens": min(120, language_model.max_length // 2) if max_tokens is None else max_tokens,
         "temperature": temperature,
         "top_k": top_k,
         "top_p": top_p,
@@ -186,13 +198,14 @@ def serve(
     model: Model = "runs/shakespeare/chat",
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="port to listen on", min=1, max=65535)] = 8000,
+    allow_host: Annotated[list[str] | None, typer.Option(help="answer under this host name too")] = None,
 ) -> None:
     """Serve a model: a chat page at / and an OpenAI-compatible API under /v1."""
     try:
-        from lalia.serving.app import serve as serve_model
+        from lalia.serving.server import serve as serve_model
     except ModuleNotFoundError as error:
         raise UserError(f'serving needs {error.name}; install it with: pip install "lalia[serve]"') from None
-    serve_model(_model_folder(model, "chat"), host=host, port=port)
+    serve_model(_model_folder(model, "chat"), host=host, port=port, allowed_hosts=tuple(allow_host or ()))
 
 
 @app.command()
@@ -216,25 +229,33 @@ def doctor(as_json: Json = False) -> None:
 
 def main() -> None:
     """Entry point: user errors become one message and exit status 1, never a traceback."""
+    code = 0
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)  # an exit code where a command left by typer.Exit
     except UserError as error:
         _fail(str(error))
-    except KeyboardInterrupt:
-        _fail("stopped; the same command continues where it left off", code=130)
+    except (KeyboardInterrupt, typer.Abort):
+        code = STOPPED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except typer.Exit as leaving:
-        sys.exit(leaving.exit_code)
-    except typer.Abort:
-        _fail("stopped", code=130)
+        code = leaving.exit_code
     except Exception as error:
         # Typer's own usage errors (unknown option, bad number) know how to print themselves.
         if hasattr(error, "show") and hasattr(error, "exit_code"):
             error.show()  # pyright: ignore[reportAttributeAccessIssue]
             sys.exit(error.exit_code)  # pyright: ignore[reportAttributeAccessIssue]
+        if isinstance(error, OSError) and error.filename is not None:
+            _fail(f"cannot use {str(error.filename)[:200]!r}: {error.strerror}")
         raise
+    if code == STOPPED:
+        _fail("stopped", code=STOPPED)
+    sys.exit(code or 0)
+
+
+STOPPED = 130
+"""Exit status after Ctrl-C, as shells have it."""
 
 
 def _fail(message: str, code: int = 1) -> NoReturn:
@@ -267,7 +288,10 @@ def _run_until(
         for name, (state, reason) in states.items():
             print(f"# {name}: {state} ({reason})")
         return
-    results = run_recipe(recipe, run_folder, stage, Progress(quiet=as_json))
+    try:
+        results = run_recipe(recipe, run_folder, stage, Progress(quiet=as_json))
+    except KeyboardInterrupt:
+        _fail("stopped; the same command continues where it left off", code=STOPPED)
     if as_json:
         _print_json(results)
 
@@ -275,7 +299,7 @@ def _run_until(
 def _resolve(source: str | None, overrides: list[str] | None, folder: Path | None) -> tuple[Any, Path]:
     """The recipe and run folder meant by a source (recipe, run folder or the user's own text) and overrides."""
     from lalia.pipeline import load_run_recipe
-    from lalia.recipe import load_recipe
+    from lalia.recipe import load_recipe, toml_value
 
     overrides = list(overrides or [])
     if source is not None and "=" in source and not Path(source).exists():
@@ -285,13 +309,11 @@ def _resolve(source: str | None, overrides: list[str] | None, folder: Path | Non
     if path and (path / "recipe.toml").is_file():
         folder, source, path = folder or path, None, None
     if source is None and folder and (folder / "recipe.toml").is_file():
-        recipe = load_run_recipe(folder)
-        if overrides:
-            recipe = load_recipe(folder / "recipe.toml", overrides)
-        return recipe, folder
+        return load_run_recipe(folder, overrides), folder
     if path and path.exists() and path.suffix != ".toml":
-        name = "".join(c if c.isalnum() or c in "._-" else "-" for c in path.resolve().stem).strip(".-_") or "own-text"
-        own = [f'data.path="{path}"', f'name="{name}"']
+        letters = (c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in path.resolve().stem)
+        name = "".join(letters).strip(".-_") or "own-text"
+        own = [f"data.path={toml_value(str(path.absolute()))}", f"name={toml_value(name)}"]
         recipe = load_recipe("own-text", own + overrides)
     else:
         recipe = load_recipe(source or "shakespeare", overrides)
@@ -311,6 +333,13 @@ def _load(model: str, stage: str) -> Any:
     import lalia
 
     return lalia.load(_model_folder(model, stage))
+
+
+def _standard_input() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input is not UTF-8 text ({error.reason} at byte {error.start})") from None
 
 
 def _logprobs(result: Any) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ from typing import Any
 
 from lalia.errors import UserError
 from lalia.inference.language_model import LanguageModel
+from lalia.inference.sampling import SamplingParams
 
 
 def converse(
@@ -17,6 +18,7 @@ def converse(
     Returns:
         the whole conversation.
     """
+    SamplingParams.parse(sampling, "sampling")  # before the first line is typed
     interactive = sys.stdin.isatty() and not quiet
     messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
     if interactive:
@@ -29,16 +31,16 @@ def converse(
             print(f"you> {line}")
         messages.append({"role": "user", "content": line})
         try:
-            shown = model.fit_messages(messages, sampling["max_tokens"] or 1)
+            shown = model.fit_messages(messages, sampling["max_tokens"])
             if len(shown) < len(messages) and not quiet:
                 left_out = len(messages) - len(shown)
                 print(f"({left_out} earlier turns no longer fit the context of {model.max_length} tokens)")
             reply = _stream_reply(model, shown, sampling, quiet)
         except UserError as error:
-            messages.pop()
-            print(f"lalia: {error}", file=sys.stderr)
             if not interactive:
                 raise
+            messages.pop()
+            print(f"lalia: {error}", file=sys.stderr)
             continue
         messages.append({"role": "assistant", "content": reply})
     return messages
@@ -51,14 +53,18 @@ def _read_turn(interactive: bool) -> str:
         except (EOFError, KeyboardInterrupt):
             print()
             return ""
-    return sys.stdin.readline().strip()
+    try:
+        return sys.stdin.readline().strip()
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input is not UTF-8 text ({error.reason} at byte {error.start})") from None
 
 
 def _stream_reply(model: LanguageModel, messages: list[dict[str, str]], sampling: dict[str, Any], quiet: bool) -> str:
     pieces = []
+    stream = model.chat(messages, stream=True, **sampling)
     if not quiet:
         sys.stdout.write(f"{model.name}> ")
-    for piece in model.chat(messages, stream=True, **sampling):
+    for piece in stream:
         pieces.append(piece)
         if not quiet:
             sys.stdout.write(piece)

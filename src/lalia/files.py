@@ -50,8 +50,10 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CorruptFile(f"{path} is missing; run the stage that makes it again") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise CorruptFile(f"{path} is not valid JSON ({error}); delete it and run the same command again") from None
+    except OSError as error:
+        raise CorruptFile(f"cannot read {path} ({error.strerror}); make it readable, or delete it") from None
 
 
 def replace_directory(temporary: Path, target: Path) -> None:

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from lalia import __version__
 from lalia.errors import CorruptFile, UserError
 from lalia.files import fingerprint, read_json, replace_directory, run_lock, write_json, write_text
 from lalia.progress import Progress
-from lalia.recipe import Recipe, to_toml
+from lalia.recipe import Recipe, load_recipe, read_toml, to_toml
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,8 @@ class Run:
     folder: Path
     recipe: Recipe
     progress: Progress
+    known: dict[str, Any] = field(default_factory=dict)
+    """What stages looked up once for the whole run, so that files that change meanwhile cannot confuse it."""
 
     def path(self, stage: str) -> Path:
         """Folder of a finished stage."""
@@ -47,6 +49,7 @@ class Stage:
         inputs: stages it reads.
         settings: what, besides the inputs, its result depends on.
         make: does the work in a given empty (or interrupted, if `resumable`) folder; returns a summary.
+        files: without these in its folder the stage is not done.
         resumable: keeps the partial folder of an interrupted attempt.
         wanted: whether the recipe has this stage at all.
         version: raised when the stage's output changes for the same settings.
@@ -56,6 +59,7 @@ class Stage:
     inputs: tuple[str, ...]
     settings: Callable[[Run], dict[str, Any]]
     make: Callable[[Run, Path, str], dict[str, Any]]
+    files: tuple[str, ...]
     resumable: bool = False
     wanted: Callable[[Recipe], bool] = lambda recipe: True
     version: int = 1
@@ -84,10 +88,17 @@ def run_recipe(
         if progress.log_path is None:
             progress.log_path = folder / "log.jsonl"
         run = Run(folder, recipe, progress)
+        stages = stages_until(recipe, until)
+        status(run, stages[0])  # data that is missing is found before the folder's recipe.toml is replaced
         _record_start(run)
         results: dict[str, Any] = {"run": str(folder)}
-        for stage in stages_until(recipe, until):
-            results[stage.name] = _ensure(run, stage)
+        for stage in stages:
+            try:
+                results[stage.name] = _ensure(run, stage)
+            except BrokenPipeError:  # nobody reads what is printed any more: not a matter of the run's files
+                raise
+            except OSError as error:
+                raise UserError(_explain(error, run.folder, stage.name)) from error
         return results
 
 
@@ -106,17 +117,24 @@ def stages_until(recipe: Recipe, until: str | None) -> list[Stage]:
 
 def status(run: Run, stage: Stage) -> tuple[str, str]:
     """("done" | "continue" | "make", reason) of a stage, without doing anything."""
-    wanted = stage_fingerprint(run, stage)
-    receipt_path = run.path(stage.name) / "receipt.json"
+    identity = _identity(run, stage)
+    wanted = fingerprint(identity)
     reason = "not made yet"
-    if receipt_path.exists():
-        receipt = read_json(receipt_path)
-        if receipt.get("fingerprint") == wanted:
-            return "done", f"finished in {receipt.get('seconds', 0):.0f} s"
-        reason = _difference(receipt.get("identity", {}), _identity(run, stage))
-    partial = _partial(run, stage)
-    if stage.resumable and partial.is_dir() and _marker(partial) == wanted:
-        return "continue", "interrupted earlier"
+    receipt = _receipt(run.path(stage.name))
+    if receipt is not None:
+        missing = [name for name in stage.files if not (run.path(stage.name) / name).exists()]
+        if receipt["fingerprint"] != wanted:
+            reason = "made anew because " + _difference(receipt["identity"], identity)
+        elif missing:
+            reason = f"made anew because {run.path(stage.name) / missing[0]} is missing"
+        else:
+            return "done", f"finished in {receipt['seconds']:.0f} s"
+    started = _started(_partial(run, stage))
+    if started is not None and stage.resumable:
+        if started["fingerprint"] == wanted:
+            return "continue", "interrupted earlier"
+        if receipt is None:
+            reason = f"started anew because {_difference(started['identity'], identity)} since it was interrupted"
     return "make", reason
 
 
@@ -140,50 +158,79 @@ def _ensure(run: Run, stage: Stage) -> dict[str, Any]:
     if state == "done":
         run.progress.say(f"{stage.name}: done ({reason})")
         return read_json(run.path(stage.name) / "receipt.json")["summary"]
+    identity = _identity(run, stage)
+    mark = fingerprint(identity)
+    finished = _receipt(_partial(run, stage))
+    if finished is not None and finished["fingerprint"] == mark:  # it was stopped just before the rename
+        return _put_in_place(run, stage, finished)
     run.progress.heading(f"{stage.name}: {'continuing' if state == 'continue' else reason}")
     partial = _partial(run, stage)
     if state == "make" and partial.exists():
         shutil.rmtree(partial)
     partial.mkdir(parents=True, exist_ok=True)
-    identity = _identity(run, stage)
-    mark = fingerprint(identity)
-    write_text(partial / ".fingerprint", mark)
+    write_json(partial / STARTED, {"fingerprint": mark, "identity": identity})
     began = time.monotonic()
     run.progress.record("stage_start", stage=stage.name, state=state, reason=reason)
     previous = _seconds_so_far(partial)
     try:
         summary = stage.make(run, partial, mark)
-    except OSError as error:
-        raise UserError(_explain(error, run.folder, stage.name)) from error
     finally:
         with contextlib.suppress(OSError):  # on a full disk the stage's own error is the one to report
             (partial / ".seconds").write_text(str(previous + time.monotonic() - began), encoding="utf-8")
-    seconds = previous + time.monotonic() - began
-    write_json(
-        partial / "receipt.json",
-        {
-            "stage": stage.name,
-            "fingerprint": mark,
-            "seconds": round(seconds, 2),
-            "summary": summary,
-            "identity": identity,
-        },
-    )
-    for leftover in (".fingerprint", ".seconds"):
+    receipt = {
+        "stage": stage.name,
+        "fingerprint": mark,
+        "seconds": round(previous + time.monotonic() - began, 2),
+        "summary": summary,
+        "identity": identity,
+    }
+    write_json(partial / "receipt.json", receipt)
+    return _put_in_place(run, stage, receipt)
+
+
+def _put_in_place(run: Run, stage: Stage, receipt: dict[str, Any]) -> dict[str, Any]:
+    partial = _partial(run, stage)
+    for leftover in (STARTED, ".seconds"):
         (partial / leftover).unlink(missing_ok=True)
     replace_directory(partial, run.path(stage.name))
-    run.progress.record("stage_end", stage=stage.name, seconds=round(seconds, 2))
-    run.progress.say(f"{stage.name}: finished in {seconds:.0f} s")
-    return summary
+    run.progress.record("stage_end", stage=stage.name, seconds=receipt["seconds"])
+    run.progress.say(f"{stage.name}: finished in {receipt['seconds']:.0f} s")
+    return receipt["summary"]
+
+
+STARTED = ".started.json"
+"""In a partial folder: the identity of what was begun there."""
 
 
 def _partial(run: Run, stage: Stage) -> Path:
     return run.folder / f".{stage.name}.partial"
 
 
-def _marker(partial: Path) -> str | None:
-    path = partial / ".fingerprint"
-    return path.read_text(encoding="utf-8") if path.exists() else None
+def _receipt(folder: Path) -> dict[str, Any] | None:
+    """The receipt of a stage's folder, None if there is none.
+
+    Raises:
+        CorruptFile: if it is damaged. Guessing would redo what may have taken hours.
+    """
+    path = folder / "receipt.json"
+    if not path.exists():
+        return None
+    receipt = read_json(path)
+    kinds = {"fingerprint": str, "seconds": int | float, "summary": dict, "identity": dict}
+    if not isinstance(receipt, dict) or any(not isinstance(receipt.get(key), kind) for key, kind in kinds.items()):
+        raise CorruptFile(
+            f"{path} is no receipt of a stage; delete the folder {folder} and run the same command again: the stage "
+            "is made anew"
+        )
+    return receipt
+
+
+def _started(partial: Path) -> dict[str, Any] | None:
+    """What was begun in a partial folder, None if that cannot be told."""
+    if not (partial / STARTED).exists():
+        return None
+    started = read_json(partial / STARTED)
+    return started if isinstance(started, dict) and started.keys() >= {"fingerprint", "identity"} else None
 
 
 def _seconds_so_far(partial: Path) -> float:
@@ -199,7 +246,7 @@ def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
         for key in sorted(_leaves(old).keys() | _leaves(new).keys())
         if _leaves(old).get(key) != _leaves(new).get(key)
     ]
-    return "made anew because " + ", ".join(changed[:4]) + (" and more" if len(changed) > 4 else "")
+    return ", ".join(changed[:4]) + (" and more" if len(changed) > 4 else "")
 
 
 def _leaves(values: Any, prefix: str = "") -> dict[str, Any]:
@@ -215,7 +262,8 @@ def _explain(error: OSError, folder: Path, stage: str) -> str:
     import errno
 
     place = error.filename or folder
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    cut_short = error.errno is None and "written" in str(error)  # how numpy says it
+    if cut_short or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         free = shutil.disk_usage(folder).free
         return (
             f"no space left while writing {place} (stage {stage}; {free / 2**20:.0f} MiB free); nothing finished was "
@@ -275,15 +323,20 @@ def read_receipts(folder: Path, names: Iterable[str]) -> dict[str, Any]:
     return found
 
 
-def load_run_recipe(folder: Path) -> Recipe:
-    """The recipe that a run folder was made with.
+def load_run_recipe(folder: Path, overrides: Iterable[str] = ()) -> Recipe:
+    """The recipe that a run folder was made with, with overrides.
 
     Raises:
         CorruptFile: if the folder holds none.
     """
-    import tomllib
-
     path = folder / "recipe.toml"
     if not path.exists():
         raise CorruptFile(f"{folder} is not a run folder: it has no recipe.toml; make one with `lalia run RECIPE`")
-    return Recipe.parse(tomllib.loads(path.read_text(encoding="utf-8")), str(path))
+    values = read_toml(path)
+    missing = [name for name in Recipe.model_fields if name not in values]
+    if missing and (folder / "run.lock").exists():  # with defaults in their place, everything would be made anew
+        raise CorruptFile(
+            f"{path} is cut short: it lacks {', '.join(missing)}; start the run again with its recipe or data and "
+            f"--run {folder}"
+        )
+    return load_recipe(path, overrides)

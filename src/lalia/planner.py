@@ -5,7 +5,7 @@ or were measured in LOG.md, and each value says which.
 """
 
 import math
-import re
+import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +21,14 @@ from lalia.model.shapes import ArchitectureConfig
 from lalia.model.transformer import Transformer
 from lalia.progress import Progress
 from lalia.recipe import Recipe
+from lalia.training.config import parse_budget
 from lalia.training.linear_cross_entropy import linear_cross_entropy
 from lalia.training.trainer import initialize, make_optimizers
 
 WIDTHS = (64, 96, 128, 192, 256, 320, 384, 448, 512, 640, 768, 1024)
 """Widths the planner chooses among; the depth follows from the width."""
 
-LAW_FLOOR, LAW_SIZE, LAW_SIZE_EXPONENT, LAW_DATA, LAW_DATA_EXPONENT = 1.20, 12.9, 0.25, 33.0, 0.28
+LAW_FLOOR, LAW_SIZE, LAW_SIZE_EXPONENT, LAW_DATA, LAW_DATA_EXPONENT = 1.35, 10.226, 0.32, 33.844, 0.28
 """bits per byte = floor + size / N^a + data / D^b, with N matrix weights and D effective bytes (Hoffmann et al. 2022),
 fitted to the ladder of runs in LOG.md on Shakespeare. Other text shifts the floor, hence the interval."""
 
@@ -36,20 +37,6 @@ REPEAT_DECAY_EPOCHS = 15.4
 
 RUNTIME_BYTES = 420 * 2**20
 """Resident size of Python with PyTorch, pyarrow and the tokenizer before the first tensor, measured."""
-
-
-def parse_budget(text: str) -> float:
-    """Seconds of a budget such as "6 minutes", "90 s" or "1.5 hours".
-
-    Raises:
-        UserError: if it is not a positive number with a unit of time.
-    """
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]+)\s*", text)
-    units = {"s": 1, "sec": 1, "second": 1, "m": 60, "min": 60, "minute": 60, "h": 3600, "hour": 3600, "day": 86400}
-    unit = (match and units.get(match[2].lower())) or (match and units.get(match[2].lower().removesuffix("s")))
-    if not match or not unit or float(match[1]) <= 0:
-        raise UserError(f"budget {text!r} is not a time; write for example '6 minutes', '90 seconds' or '2 hours'")
-    return float(match[1]) * unit
 
 
 @dataclass(frozen=True)
@@ -79,15 +66,14 @@ def make_plan(recipe: Recipe, manifest: dict[str, Any], progress: Progress) -> d
     return planner.plan()
 
 
-def facts_of_data(recipe: Recipe, run_folder: Path) -> dict[str, Any]:
-    """The manifest of a run's tokens or, before there is one, an estimate of it from the size of the source.
+def facts_of_data(recipe: Recipe, run_folder: Path | None) -> dict[str, Any]:
+    """The manifest of a run's tokens or, while there is none (None), an estimate of it from the size of the source.
 
     Raises:
         UserError: if the source is missing.
     """
-    manifest = run_folder / "tokens" / "manifest.json"
-    if manifest.exists():
-        return read_json(manifest)
+    if run_folder is not None:
+        return read_json(run_folder / "tokens" / "manifest.json")
     from lalia.data.collect import source_bytes
 
     num_bytes = round(source_bytes(recipe.data) * (1.0 - recipe.data.validation_fraction))
@@ -103,6 +89,7 @@ class _Planner:
         self.recipe, self.progress = recipe, progress
         train = manifest["splits"]["train"]
         self.train_tokens, self.train_bytes = int(train["num_tokens"]), int(train["num_bytes"])
+        self.num_documents = int(train.get("num_documents", self.train_tokens))
         self.estimated = manifest.get("estimated", False)
         self.bytes_per_token = self.train_bytes / self.train_tokens
         self.vocab_size = int(manifest["vocab_size"])
@@ -119,11 +106,12 @@ class _Planner:
         precision = self._precision()
         length = self.set("sequence_length", *self._sequence_length())
         batch = self.set("batch_size", *self._batch_size(length))
+        self._check_rows(length, batch)
         budget = parse_budget(config.budget) if config.budget else None
         if budget is None and config.steps is None:
             raise UserError("pretrain needs a budget (pretrain.budget = '6 minutes') or a number of steps")
         shape, reason = self._shape(budget, length, batch, precision)
-        speed = self._measure(shape, length, batch, precision, steps=3)
+        speed = self._measure(shape, length, batch, precision, steps=9)
         steps = self._steps(budget, speed, length * batch)
         self._describe(shape, reason)
         tokens = self.set("tokens", steps * length * batch, "steps x batch x sequence length")
@@ -143,11 +131,6 @@ class _Planner:
             **self._predict_quality(shape.num_matrix_parameters(), tokens),
             "finetune_seconds": round(finetune_steps * speed.seconds_per_step, 1),
         }
-        if predicted["memory_bytes"] > memory_bytes():
-            raise UserError(
-                f"this plan needs about {predicted['memory_bytes'] / 2**30:.1f} GiB of memory and the machine has "
-                f"{memory_bytes() / 2**30:.1f} GiB; set a smaller pretrain.batch_size or model.hidden_size"
-            )
         self.calibration |= {"threads": threads, "flops_per_second": round(speed.flops_per_second)}
         self._say(predicted)
         return {
@@ -181,10 +164,26 @@ class _Planner:
         asked = self.recipe.pretrain.batch_size
         if asked:
             return asked, "set in the recipe"
-        rows = max(1, 4096 // length)
+        rows = max(1, 2048 // length)
         while rows > 1 and rows * length * 4 > self.train_tokens:
             rows //= 2
         return rows, f"{rows * length:,} tokens per step: small batches learn most per token in short runs (LOG.md)"
+
+    def _check_rows(self, length: int, batch: int) -> None:
+        """Refuse rows that the model or the data cannot fill, before anything is measured."""
+        context = self.recipe.model.max_position_embeddings
+        if context and context < length:
+            raise UserError(
+                f"model.max_position_embeddings = {context} is shorter than the training rows "
+                f"(pretrain.sequence_length = {length}); raise it, or shorten the rows"
+            )
+        most_rows = self.train_tokens // length + self.num_documents  # no document leaves more than one row unfilled
+        if batch > most_rows:
+            raise UserError(
+                f"the training text has {self.train_tokens} tokens, at most {most_rows} rows of {length}, but a batch "
+                f"takes {batch}; give more text, set pretrain.batch_size to {most_rows} or less, or shorten "
+                "pretrain.sequence_length"
+            )
 
     def _shape(self, budget: float | None, length: int, batch: int, precision: str) -> tuple[ModelConfig, str]:
         asked = self.recipe.model
@@ -193,8 +192,10 @@ class _Planner:
         if budget is None:
             raise UserError("with pretrain.steps and no budget, set model.hidden_size and model.num_hidden_layers too")
         candidates = self._candidates(asked, length)
+        fitting = [c for c in candidates if self._memory(c, length, batch, precision) <= memory_bytes()]
+        candidates = fitting or candidates[:1]
         probe = candidates[min(3, len(candidates) - 1)]
-        speed = self._measure(probe, length, batch, precision, steps=2)
+        speed = self._measure(probe, length, batch, precision, steps=5)
         best: tuple[float, ModelConfig] | None = None
         for candidate in candidates:
             step = speed.seconds_per_step * _relative_cost(candidate, probe, length)
@@ -218,16 +219,24 @@ class _Planner:
 
     def _candidates(self, asked: ArchitectureConfig, length: int) -> list[ModelConfig]:
         widths = [asked.hidden_size] if asked.hidden_size else list(WIDTHS)
-        shapes = []
+        shapes, refused = [], ""
         for width in widths:
-            if asked.head_dim and width % asked.head_dim:
-                continue
-            shapes.append(asked.build(self.vocab_size, length, width, asked.num_hidden_layers or depth_of(width)))
+            try:
+                shapes.append(asked.build(self.vocab_size, length, width, asked.num_hidden_layers or depth_of(width)))
+            except UserError as error:  # such as heads that do not divide; another width may do
+                refused = str(error)
         if not shapes:
-            raise UserError(f"no width among {WIDTHS} is a multiple of model.head_dim = {asked.head_dim}")
+            raise UserError(f"no width among {', '.join(map(str, widths))} suits the recipe: {refused}")
         return shapes
 
     def _measure(self, shape: ModelConfig, length: int, batch: int, precision: str, steps: int) -> Speed:
+        needed = self._memory(shape, length, batch, precision)
+        if needed > memory_bytes():
+            raise UserError(
+                f"this plan needs about {needed / 2**30:.1f} GiB of memory and the machine has "
+                f"{memory_bytes() / 2**30:.1f} GiB; set a smaller pretrain.batch_size (or pretrain.micro_batch_size), "
+                "pretrain.sequence_length or model.hidden_size"
+            )
         rows = min(batch, self.recipe.pretrain.micro_batch_size or batch)
         seconds = measure_step(shape, rows, length, precision, steps) * batch / rows
         flops = shape.flops_per_token(length) * length * batch
@@ -304,10 +313,15 @@ def depth_of(width: int) -> int:
 
 def expected_bits_per_byte(matrix_parameters: int, trained_bytes: float, unique_bytes: float) -> float:
     """Bits per byte on held-out text after training on `trained_bytes`, of which `unique_bytes` differ."""
+    effective = effective_bytes(trained_bytes, unique_bytes)
+    return LAW_FLOOR + LAW_SIZE / matrix_parameters**LAW_SIZE_EXPONENT + LAW_DATA / effective**LAW_DATA_EXPONENT
+
+
+def effective_bytes(trained_bytes: float, unique_bytes: float) -> float:
+    """What repeated data is worth in fresh bytes (Muennighoff et al. 2023, equation 5)."""
     repeats = max(0.0, trained_bytes / unique_bytes - 1.0)
     fresh = min(trained_bytes, unique_bytes)
-    effective = fresh * (1.0 + REPEAT_DECAY_EPOCHS * (1.0 - math.exp(-repeats / REPEAT_DECAY_EPOCHS)))
-    return LAW_FLOOR + LAW_SIZE / matrix_parameters**LAW_SIZE_EXPONENT + LAW_DATA / effective**LAW_DATA_EXPONENT
+    return fresh * (1.0 + REPEAT_DECAY_EPOCHS * (1.0 - math.exp(-repeats / REPEAT_DECAY_EPOCHS)))
 
 
 def training_bytes(shape: ModelConfig, tokens: int, length: int, bytes_per_activation: int) -> int:
@@ -338,7 +352,7 @@ def _relative_cost(shape: ModelConfig, probe: ModelConfig, length: int) -> float
 
 
 def measure_step(shape: ModelConfig, rows: int, length: int, precision: str, steps: int) -> float:
-    """Seconds of one optimizer step on random tokens: the mean of `steps` after one that warms up."""
+    """Seconds of one optimizer step on random tokens: the median of `steps` after one that warms up."""
     from lalia.training.config import OptimizerConfig
     from lalia.training.pretrain import DTYPES
 
@@ -347,10 +361,9 @@ def measure_step(shape: ModelConfig, rows: int, length: int, precision: str, ste
     model.compute_dtype = DTYPES[precision]
     optimizers = make_optimizers(model, OptimizerConfig())
     tokens = torch.randint(0, shape.vocab_size, (rows, length + 1), generator=torch.Generator().manual_seed(0))
-    began = 0.0
-    for step in range(steps + 1):
-        if step == 1:
-            began = time.perf_counter()
+    times = []
+    for _ in range(steps + 1):
+        began = time.perf_counter()
         loss, count = linear_cross_entropy(
             model(tokens[:, :-1]), model.head_weight, tokens[:, 1:].contiguous(), shape.logit_softcap
         )
@@ -358,7 +371,8 @@ def measure_step(shape: ModelConfig, rows: int, length: int, precision: str, ste
         for optimizer in optimizers:
             optimizer.step()
         model.zero_grad(set_to_none=True)
-    return (time.perf_counter() - began) / steps
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[1:])
 
 
 def _fastest(work: Any, repeats: int) -> float:

@@ -41,16 +41,24 @@ def load_recipe(source: str | Path = "shakespeare", overrides: Iterable[str] = (
     Raises:
         UserError: every problem at once, unknown keys with the nearest name.
     """
-    path = find_recipe(source)
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{path} is not valid TOML: {error}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+    values = read_toml(find_recipe(source))
     for override in overrides:
         _apply(values, override)
     return Recipe.parse(values, str(source))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The content of a TOML file.
+
+    Raises:
+        UserError: if it is not TOML or not UTF-8.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path} is not valid TOML: {error}; mend it, or take a recipe that comes with Lalia") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
 
 
 def find_recipe(source: str | Path) -> Path:
@@ -72,7 +80,8 @@ def find_recipe(source: str | Path) -> Path:
     nearest = difflib.get_close_matches(path.stem, names, n=1)
     hint = f", did you mean {nearest[0]!r}?" if nearest else ""
     raise UserError(
-        f"no recipe {str(source)!r}{hint} Known recipes: {', '.join(names)}; or give the path of a .toml file"
+        f"no recipe, file or folder {str(source)!r}{hint or '.'} Known recipes: {', '.join(names)}; or give the path "
+        "of a .toml file, of a run folder, or of your own texts"
     )
 
 
@@ -86,7 +95,14 @@ def _apply(values: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     parts = key.strip().split(".")
     if not separator or not all(parts):
-        raise UserError(f"override {override!r} is not of the form section.key=value, such as pretrain.steps=100")
+        raise UserError(
+            f"override {override!r} is not of the form section.key=value, such as pretrain.steps=100 (and there can be "
+            "only one recipe, folder or file, which comes first)"
+        )
+    try:
+        override.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"override {override!a} is not valid Unicode; rename the file, or write it as UTF-8") from None
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -111,18 +127,19 @@ def _write_table(lines: list[str], prefix: str, values: dict[str, Any]) -> None:
     plain = {k: v for k, v in values.items() if not isinstance(v, dict) and v is not None}
     if prefix and plain:
         lines.append(f"\n[{prefix}]")
-    lines += [f"{key} = {_toml_value(value)}" for key, value in plain.items()]
+    lines += [f"{key} = {toml_value(value)}" for key, value in plain.items()]
     for key, value in tables.items():
         _write_table(lines, f"{prefix}.{key}" if prefix else key, value)
 
 
-def _toml_value(value: Any) -> str:
+def toml_value(value: Any) -> str:
+    """A value as TOML; text of any characters becomes one basic string."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, int | float):
         return repr(value)
     if isinstance(value, list | tuple):
-        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+        return "[" + ", ".join(toml_value(item) for item in value) + "]"
     text = "".join(
         f"\\u{ord(c):04x}" if ord(c) < 32 or ord(c) == 127 else ("\\" + c if c in '"\\' else c) for c in str(value)
     )

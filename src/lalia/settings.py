@@ -41,7 +41,10 @@ def _describe(root: type[BaseModel], problem: Any) -> str:
         nearest = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.4)
         hint = f", did you mean {'.'.join([*location[:-1], nearest[0]])!r}?" if nearest else ""
         return f"unknown key {key!r}{hint or ', known keys here: ' + ', '.join(known)}"
-    return f"{key} = {problem['input']!r}: {problem['msg'].removeprefix('Value error, ')}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if isinstance(problem["input"], Mapping):  # a rule about several keys, which the message names
+        return f"{key}: {message}"
+    return f"{key} = {problem['input']!r}: {message}"
 
 
 def _known_keys(model: type[BaseModel], path: list[str]) -> list[str]:

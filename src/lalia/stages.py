@@ -17,7 +17,9 @@ def _collect(run: Run, out: Path, mark: str) -> dict[str, Any]:
 def _collect_settings(run: Run) -> dict[str, Any]:
     from lalia.data.collect import input_fingerprint
 
-    return {"data": run.recipe.data.model_dump(), "files": input_fingerprint(run.recipe.data)}
+    if "files" not in run.known:
+        run.known["files"] = input_fingerprint(run.recipe.data)
+    return {"data": run.recipe.data.model_dump(), "files": run.known["files"]}
 
 
 def _tokenize(run: Run, out: Path, mark: str) -> dict[str, Any]:
@@ -85,9 +87,17 @@ def _metrics(run: Run, out: Path) -> Progress:
     return Progress(out / "metrics.jsonl", quiet=run.progress.quiet)
 
 
+_MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json")
+
 STAGES = [
-    Stage("documents", (), _collect_settings, _collect),
-    Stage("tokens", ("documents",), lambda run: {"tokenizer": run.recipe.tokenizer.model_dump()}, _tokenize),
+    Stage("documents", (), _collect_settings, _collect, ("train.parquet", "validation.parquet")),
+    Stage(
+        "tokens",
+        ("documents",),
+        lambda run: {"tokenizer": run.recipe.tokenizer.model_dump()},
+        _tokenize,
+        ("manifest.json", "tokenizer/tokenizer.json", "train-00000.bin", "validation-00000.bin"),
+    ),
     Stage(
         "plan",
         ("tokens",),
@@ -97,13 +107,15 @@ STAGES = [
             "finetune": run.recipe.finetune.model_dump(include={"enabled", "budget", "steps"}),
         },
         _plan,
+        ("plan.json",),
     ),
-    Stage("base", ("tokens", "plan"), _planned, _pretrain, resumable=True),
+    Stage("base", ("tokens", "plan"), _planned, _pretrain, _MODEL_FILES, resumable=True),
     Stage(
         "chat",
         ("documents", "base"),
         lambda run: {"finetune": run.recipe.finetune.model_dump(exclude={"checkpoint_seconds"})},
         _finetune,
+        _MODEL_FILES,
         resumable=True,
         wanted=lambda recipe: recipe.finetune.enabled,
     ),
@@ -112,8 +124,15 @@ STAGES = [
         ("documents", "base", "chat"),
         lambda run: {"evaluate": run.recipe.evaluate.model_dump()},
         _evaluate,
+        ("results.json",),
     ),
-    Stage("report", ("documents", "tokens", "plan", "base", "chat", "evaluation"), lambda run: {}, _report),
+    Stage(
+        "report",
+        ("documents", "tokens", "plan", "base", "chat", "evaluation"),
+        lambda run: {},
+        _report,
+        ("report.html",),
+    ),
 ]
 
 VERBS = {

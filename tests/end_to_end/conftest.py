@@ -1,29 +1,33 @@
 """A small corpus, a small recipe, and the command line as a user runs it."""
 
+import io
 import os
 import random
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from lalia.cli import main as cli_main
+
 ROOT = Path(__file__).parents[2]
 
-WORDS = (
+WORDS = str.split(
     "the a of and to in that it was his he with as for had you not be at by which have from this her but they all she "
     "one there been if more when will would who so no out up into them then can only some could time these two may do "
     "first any my now such like our over man me even most made after also did many before must through years where "
     "much way well down should because long little very without lamp river winter garden letter stone window silver"
-).split()
+)
 
 SETTINGS = (
     "tokenizer.vocab_size=384",
     "model.hidden_size=32",
     "model.num_hidden_layers=2",
     "pretrain.steps=60",
-    "pretrain.sequence_length=32",
+    "pretrain.sequence_length=64",
     "pretrain.batch_size=4",
     "pretrain.evaluations=1",
     "pretrain.evaluation_bytes=2000",
@@ -75,6 +79,49 @@ def lalia(*arguments: str, cwd: Path, stdin: str = "", timeout: float = 120.0) -
 
 def command(*arguments: str) -> Sequence[str]:
     return [sys.executable, "-m", "lalia.cli", *arguments]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command did: its exit status and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+Main = Callable[..., Answer]
+
+
+@pytest.fixture
+def main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Main:
+    """`main("run", ..., stdin="")`: the command line inside this process, in `tmp_path`; a traceback fails the test."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+    def call(*arguments: str, stdin: str = "") -> Answer:
+        monkeypatch.setattr(sys, "argv", ["lalia", *arguments])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as leaving:
+            cli_main()
+        printed = capsys.readouterr()
+        assert isinstance(leaving.value.code, int)
+        return Answer(leaving.value.code, printed.out, printed.err)
+
+    return call
+
+
+def refused(answer: Answer, *parts: str) -> str:
+    """Check for exactly one message on stderr, exit status 1, nothing on stdout; give the message."""
+    messages = [line for line in answer.err.splitlines() if line.startswith("lalia: ")]
+    assert answer.code == 1, answer
+    assert len(messages) == 1, answer.err
+    assert "Traceback" not in answer.err
+    assert answer.out == ""
+    for part in parts:
+        assert part in messages[0], messages[0]
+    return messages[0]
 
 
 @pytest.fixture(scope="session")

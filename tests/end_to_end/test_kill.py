@@ -9,7 +9,6 @@ import subprocess
 import time
 from pathlib import Path
 
-
 from lalia.stages import STAGES
 from tests.end_to_end.conftest import SETTINGS, command, environment, lalia
 
@@ -36,7 +35,7 @@ def kill_during(stage: str, delay: float, run: Path, arguments: list[str], cwd: 
         command(*arguments), cwd=cwd, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     deadline = time.monotonic() + 60
-    marker = f'"stage_start", "time"'
+    marker = '"stage_start", "time"'
     while process.poll() is None and time.monotonic() < deadline:
         new = log.read_text()[before:] if log.exists() else ""
         if any(marker in line and f'"stage": "{stage}"' in line for line in new.splitlines()):

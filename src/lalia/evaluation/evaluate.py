@@ -86,8 +86,14 @@ def converse(model: LanguageModel, seed: int, max_tokens: int = 80) -> list[list
         talk: list[dict[str, Any]] = []
         for question in questions:
             talk.append({"role": "user", "content": question})
-            messages = model.fit_messages([{"role": m["role"], "content": m["content"]} for m in talk], max_tokens)
-            reply = model.reply(messages, max_tokens=max_tokens, temperature=0.7, top_p=0.9, seed=seed + number)
+            messages = [{"role": m["role"], "content": m["content"]} for m in talk]
+            messages = model.fit_messages(messages, max_tokens)
+            room = model.max_length - len(model.encode_chat(messages))
+            if room < 1:  # the context of a tiny model holds no such question
+                talk.pop()
+                break
+            size = min(max_tokens, room)
+            reply = model.reply(messages, max_tokens=size, temperature=0.7, top_p=0.9, seed=seed + number)
             talk.append({"role": "assistant", "content": reply.text, "ended": reply.finish_reason == "stop"})
         talks.append(talk)
     return talks

@@ -8,6 +8,7 @@ import contextlib
 import difflib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -271,6 +272,9 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
             os.fsync(file.fileno())
         temporary.chmod(0o644)
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        code = re.search(r"os error (\d+)", str(error)) if isinstance(error, SafetensorError) else None
+        if code:  # a full disk is an OSError everywhere else
+            raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
         raise

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-NUM_BLOCKS = 2
+NUM_BLOCKS = 4
 """Query blocks of the CPU form. Block i sees the keys up to its own end, so two blocks skip a quarter of the square
 and four 3/8; more blocks mean smaller matrix products. benchmarks/attention.py measures the trade."""
 
@@ -54,16 +54,16 @@ class _BlockedAttention(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
         batch, heads, length, head_dim = query.shape
         q, k, v = (t.reshape(batch * heads, length, head_dim) for t in (query, key, value))
-        out = torch.empty_like(q)
+        out = q.new_empty(batch, length, heads, head_dim).transpose(1, 2)  # laid out as the next layer reads it
         probabilities = []
         for start, end in _blocks(length):
             scores = _scores(q[:, start:end], k[:, :end], mask[:, start:end, :end], scale, heads)
             p = torch.softmax(scores, -1)  # (batch * heads, end - start, end)
-            out[:, start:end] = torch.bmm(p, v[:, :end])
+            out[:, :, start:end] = torch.bmm(p, v[:, :end]).view(batch, heads, end - start, head_dim)
             probabilities.append(p)
         ctx.save_for_backward(q, k, v, *probabilities)
         ctx.scale, ctx.shape = scale, query.shape
-        return out.view(query.shape)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -73,12 +73,13 @@ class _BlockedAttention(torch.autograd.Function):
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for (start, end), p in zip(_blocks(length), probabilities, strict=True):
             g = grad[:, start:end]
-            grad_v[:, :end].baddbmm_(p.transpose(1, 2), g)
+            # Not baddbmm_: on a slice of the batch it falls back to one product at a time.
+            grad_v[:, :end] += torch.bmm(p.transpose(1, 2), g)
             grad_p = torch.bmm(g, v[:, :end].transpose(1, 2))
             grad_scores = torch.ops.aten._softmax_backward_data(grad_p, p, -1, p.dtype)
             grad_q[:, start:end] = torch.bmm(grad_scores, k[:, :end]).mul_(scale)
-            grad_k[:, :end].baddbmm_(grad_scores.transpose(1, 2), q[:, start:end], alpha=scale)
-        return grad_q.view(ctx.shape), grad_k.view(ctx.shape), grad_v.view(ctx.shape), None, None
+            grad_k[:, :end] += torch.bmm(grad_scores.transpose(1, 2), q[:, start:end])
+        return grad_q.view(ctx.shape), grad_k.mul_(scale).view(ctx.shape), grad_v.view(ctx.shape), None, None
 
 
 def _blocks(length: int) -> list[tuple[int, int]]:

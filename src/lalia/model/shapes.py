@@ -1,9 +1,10 @@
 """Default shapes: from a width and a depth to a whole ModelConfig, per family."""
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from lalia.errors import UserError
 from lalia.model.config import ModelConfig
 from lalia.settings import Settings
 
@@ -21,6 +22,12 @@ class ArchitectureConfig(Settings):
     """Longest context in tokens; None means the training sequence length."""
     tie_word_embeddings: bool | None = None
 
+    @model_validator(mode="after")
+    def _buildable(self) -> Self:
+        if self.hidden_size:  # what does not fit together shows before any stage has run
+            self.build(vocab_size=1, context=1, num_layers=1)
+        return self
+
     def build(
         self, vocab_size: int, context: int, hidden_size: int | None = None, num_layers: int | None = None
     ) -> ModelConfig:
@@ -35,7 +42,7 @@ class ArchitectureConfig(Settings):
             raise ValueError("hidden_size and num_hidden_layers must be set or planned")
         head_dim = self.head_dim or (64 if hidden % 64 == 0 else 32)
         if hidden % head_dim:
-            raise ValueError(f"hidden_size = {hidden} must be a multiple of head_dim = {head_dim}")
+            raise UserError(f"model.hidden_size = {hidden} must be a multiple of model.head_dim = {head_dim}")
         heads = hidden // head_dim
         switches = _SWITCHES[self.family](hidden)
         gated = switches.get("gated", True)

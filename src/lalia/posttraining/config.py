@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from lalia.settings import Settings
-from lalia.training.config import OptimizerConfig
+from lalia.training.config import Budget, OptimizerConfig
 
 
 class FinetuneConfig(Settings):
@@ -23,7 +23,7 @@ class FinetuneConfig(Settings):
     """Share of conversations about the assistant itself and its sources."""
     pretraining_share: float = Field(default=0.25, ge=0, lt=1)
     """Share of steps on pretraining text, so that the model does not forget it."""
-    budget: str | None = "1 minute"
+    budget: Budget | None = "1 minute"
     steps: int | None = Field(default=None, gt=0)
     micro_batch_size: int | None = Field(default=None, gt=0)
     optimizer: OptimizerConfig = OptimizerConfig(

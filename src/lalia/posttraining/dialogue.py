@@ -4,6 +4,7 @@ import random
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from lalia.data.documents import Document
 from lalia.data.plays import speech_text
@@ -45,58 +46,90 @@ def play_conversations(document: Document, tokenizer: Tokenizer, limits: Convers
     Two passes over a scene, the second shifted by one speech. A conversation ends where the next exchange would pass
     the limits, with an answer; every third one ends with the question which play it is from.
     """
+    marks = exchange_tokens(tokenizer)
+    sources = [
+        [user(question), assistant(f"This is from {document.metadata['title']}.")] for question in SOURCE_QUESTIONS
+    ]
+    room_for_source = max(sum(len(tokenizer.encode(m["content"])) for m in pair) for pair in sources) + marks
+    longest = max(0, limits.max_tokens - marks)
     count = 0
+
+    def whole(messages: Messages) -> Messages:
+        return messages + sources[count // 3 % len(sources)] if asks_source() else messages
+
+    def asks_source() -> bool:
+        return count % 3 == 2 and limits.max_turns >= 4 and room_for_source < limits.max_tokens // 2
+
     for scene in document.metadata["scenes"]:
-        texts = [speech_text(document, start, end) for _, start, end in scene["speeches"]]
+        texts = scene_turns(document, scene)
         sizes = [len(ids) for ids in tokenizer.encode_batch(texts)]
-        turns = [(text, size) for text, size in zip(texts, sizes, strict=True) if text]
+        turns = list(zip(texts, sizes, strict=True))
         for shift in (0, 1):
             messages: Messages = []
             used = 0
             for (question, q_size), (reply, r_size) in zip(turns[shift::2], turns[shift + 1 :: 2], strict=False):
-                question, q_size = _shorten(question, q_size, LONGEST_QUESTION, tokenizer)
-                reply, r_size = _shorten(reply, r_size, LONGEST_REPLY, tokenizer)
-                size = q_size + r_size + 12  # 12: the marks and roles around two turns
-                if messages and (used + size > limits.max_tokens - 40 or len(messages) + 2 > limits.max_turns):
+                question, q_size = _shorten(question, q_size, min(LONGEST_QUESTION, longest * 2 // 5), tokenizer)
+                reply, r_size = _shorten(reply, r_size, min(LONGEST_REPLY, longest * 3 // 5), tokenizer)
+                if not question or not reply:
+                    continue
+                size = q_size + r_size + marks
+                reserved_tokens, reserved_turns = (room_for_source, 2) if asks_source() else (0, 0)
+                too_long = used + size > limits.max_tokens - reserved_tokens
+                if messages and (too_long or len(messages) + 2 > limits.max_turns - reserved_turns):
+                    yield whole(messages)
                     count += 1
-                    yield _with_source(messages, document, count)
                     messages, used = [], 0
                 messages += [user(question), assistant(reply)]
                 used += size
             if messages:
+                yield whole(messages)
                 count += 1
-                yield _with_source(messages, document, count)
 
 
-def _with_source(messages: Messages, document: Document, count: int) -> Messages:
-    if count % 3:
-        return messages
-    question = SOURCE_QUESTIONS[count // 3 % len(SOURCE_QUESTIONS)]
-    return [*messages, user(question), assistant(f"This is from {document.metadata['title']}.")]
+def scene_turns(document: Document, scene: dict[str, Any]) -> list[str]:
+    """What is said in a scene, turn by turn: speeches in a row by one speaker (the edition has some) are one turn."""
+    turns: list[str] = []
+    last = None
+    for speaker, start, end in scene["speeches"]:
+        text = speech_text(document, start, end)
+        if text and speaker == last:
+            turns[-1] += "\n" + text
+        elif text:
+            turns.append(text)
+            last = speaker
+    return turns
+
+
+def exchange_tokens(tokenizer: Tokenizer) -> int:
+    """Tokens of a user's and an assistant's turn besides their contents."""
+    roles, newline = tokenizer.encode("user\n") + tokenizer.encode("assistant\n"), tokenizer.encode("\n")
+    return len(roles) + 2 * (2 + len(newline))
 
 
 def _shorten(text: str, size: int, limit: int, tokenizer: Tokenizer) -> tuple[str, int]:
     """The sentences of a text that fit the limit in tokens; a first sentence that does not is cut at a line's end."""
-    if size <= limit:
-        return text, size
-    budget = len(text) * limit // size
-    ends = [match.end() for match in _SENTENCE_END.finditer(text) if match.end() <= budget]
-    if not ends:
-        ends = [match.start() for match in re.finditer(r"\n", text) if 0 < match.start() <= budget] or [budget]
-    short = text[: ends[-1]].rstrip()
-    return short, len(tokenizer.encode(short))
+    while size > limit:
+        budget = len(text) * limit // size
+        ends = [match.end() for match in _SENTENCE_END.finditer(text) if match.end() <= budget]
+        if not ends:
+            ends = [match.start() for match in re.finditer(r"\n", text) if 0 < match.start() <= budget] or [budget]
+        text = text[: ends[-1]].rstrip()
+        size = len(tokenizer.encode(text))
+    return text, size
 
 
 def passage_conversations(document: Document, tokenizer: Tokenizer, limits: ConversationLimits) -> Iterator[Messages]:
     """For text without dialogue: the user gives the beginning of a passage, the assistant continues it."""
+    marks = exchange_tokens(tokenizer)
     for paragraph in re.split(r"\n\s*\n", document.text):
         sentences = re.split(r"(?<=[.!?])\s+", paragraph.strip())
         if len(sentences) < 2:
             continue
         half = max(1, len(sentences) // 2)
+        longest = min(limits.max_tokens // 3, max(0, limits.max_tokens - marks) // 2)
         beginning, rest = " ".join(sentences[:half]), " ".join(sentences[half:])
-        beginning, _ = _shorten(beginning, len(tokenizer.encode(beginning)), limits.max_tokens // 3, tokenizer)
-        rest, _ = _shorten(rest, len(tokenizer.encode(rest)), limits.max_tokens // 3, tokenizer)
+        beginning, _ = _shorten(beginning, len(tokenizer.encode(beginning)), longest, tokenizer)
+        rest, _ = _shorten(rest, len(tokenizer.encode(rest)), longest, tokenizer)
         if beginning and rest:
             yield [user(beginning), assistant(rest)]
 

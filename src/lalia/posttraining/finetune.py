@@ -124,15 +124,18 @@ def collect_conversations(
         talks = [c for d in train for c in passage_conversations(d, tokenizer, limits)]
     if not talks:
         raise UserError(
-            f"finetune.source = {config.source!r} found no {kind} in {len(train)} documents; set finetune.source = "
-            "'continuation', give longer texts, or skip this stage with finetune.enabled=false"
+            f"finetune.source = {config.source!r} found no {kind} that fits {length} tokens in {len(train)} documents; "
+            "set finetune.source = 'continuation', give longer texts or a longer pretrain.sequence_length, or skip "
+            "this stage with finetune.enabled=false"
         )
     rng = random.Random(config.seed)
     rng.shuffle(talks)
     enough = max(8, 2 * num_tokens // length)  # a row holds a conversation at least; twice that is ample
     talks = talks[:enough]
     num_identity = round(len(talks) * config.identity_share / (1.0 - config.identity_share))
-    identity = list(itertools.islice(identity_conversations(config.name, train, config.seed), num_identity))
+    about_itself = itertools.islice(identity_conversations(config.name, train, config.seed), 20 * num_identity)
+    fitting = (c for c in about_itself if len(render_with_mask(tokenizer, c)[0]) <= length)
+    identity = list(itertools.islice(fitting, num_identity))
     together = talks + identity
     rng.shuffle(together)
     return together, {kind: len(talks), "identity": len(identity)}

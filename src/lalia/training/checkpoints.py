@@ -45,9 +45,10 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
 def load_newest(folder: Path, run_fingerprint: str, progress: Progress) -> Checkpoint | None:
     """The newest checkpoint that reads back whole, or None if there is none.
 
-    Damaged ones are reported and passed over. A checkpoint of other settings is an error, never continued.
+    Damaged ones are reported, passed over and removed. A checkpoint of other settings is an error, never continued.
     """
-    damaged = []
+    damaged: list[Path] = []
+    newest: Checkpoint | None = None
     for receipt in sorted(folder.glob("step-*.json"), reverse=True):
         path = receipt.with_suffix(".safetensors")
         try:
@@ -64,8 +65,11 @@ def load_newest(folder: Path, run_fingerprint: str, progress: Progress) -> Check
             raise UserError(
                 f"{path} belongs to a run with other settings or data; delete {folder} to start that stage anew"
             )
-        for bad in damaged:
-            bad.unlink()
-            bad.with_suffix(".safetensors").unlink(missing_ok=True)
-        return Checkpoint(facts["step"], tensors, facts["meta"])
-    return None
+        newest = Checkpoint(facts["step"], tensors, facts["meta"])
+        break
+    if damaged and newest is None:
+        progress.say("warning: no checkpoint is whole; this stage starts at step 0 again")
+    for bad in damaged:  # left in place they would outlive the new ones, whose steps are lower
+        bad.unlink()
+        bad.with_suffix(".safetensors").unlink(missing_ok=True)
+    return newest

@@ -1,10 +1,38 @@
 """Settings of a training stage."""
 
-from typing import Literal
+import math
+import re
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
+from lalia.errors import UserError
 from lalia.settings import Settings
+
+UNITS = {"s": 1, "sec": 1, "second": 1, "m": 60, "min": 60, "minute": 60, "h": 3600, "hour": 3600, "day": 86400}
+"""Seconds of each unit that a budget may name, also in the plural."""
+
+
+def parse_budget(text: str) -> float:
+    """Seconds of a budget such as "6 minutes", "90 s" or "1.5 hours".
+
+    Raises:
+        UserError: if it is not a positive number with a unit of time.
+    """
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]+)\s*", text)
+    unit = (match and UNITS.get(match[2].lower())) or (match and UNITS.get(match[2].lower().removesuffix("s")))
+    if not match or not unit or not 0 < float(match[1]) < math.inf:
+        raise UserError(f"budget {text!r} is not a time; write for example '6 minutes', '90 seconds' or '2 hours'")
+    return float(match[1]) * unit
+
+
+def _check_budget(text: str) -> str:
+    parse_budget(text)
+    return text
+
+
+Budget = Annotated[str, AfterValidator(_check_budget)]
+"""A training time, such as "6 minutes"."""
 
 
 class OptimizerConfig(Settings):
@@ -12,8 +40,10 @@ class OptimizerConfig(Settings):
 
     matrix_learning_rate: float = Field(default=0.02, gt=0)
     """Muon, for the matrices inside the layers."""
-    embedding_learning_rate: float = Field(default=0.006, gt=0)
-    """AdamW, for the embedding and the head."""
+    embedding_learning_rate: float = Field(default=0.1, gt=0)
+    """AdamW, for the embedding."""
+    head_learning_rate: float = Field(default=0.006, gt=0)
+    """AdamW, for the output head; a head tied to the embedding takes this rate."""
     scalar_learning_rate: float = Field(default=0.006, gt=0)
     """AdamW, for the norm weights."""
     momentum: float = Field(default=0.95, ge=0, lt=1)
@@ -31,7 +61,7 @@ class OptimizerConfig(Settings):
 class TrainingConfig(Settings):
     """How long, on what batches and in which precision to train; whatever is None is planned."""
 
-    budget: str | None = None
+    budget: Budget | None = None
     """Training time, such as "6 minutes"; the planner turns it into a model size and a number of steps."""
     steps: int | None = Field(default=None, gt=0)
     sequence_length: int | None = Field(default=None, ge=8)

@@ -58,9 +58,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             rows, labels = hidden[start : start + CHUNK_ROWS], targets[start : start + CHUNK_ROWS, None]
             logits = _softcap(linear(rows, cast).float(), softcap)  # (rows, vocab)
             slope = 1.0 - (logits / softcap).square_() if softcap else None
-            log_z = logits.logsumexp(-1, keepdim=True)
-            total += (log_z - logits.gather(1, labels)).sum()
-            grad_logits = logits.sub_(log_z).exp_()  # softmax
+            log_probs = logits.log_softmax(-1)
+            total -= log_probs.gather(1, labels).sum()
+            grad_logits = log_probs.exp_()  # the probabilities
             grad_logits.scatter_add_(1, labels, torch.full_like(labels, -1, dtype=grad_logits.dtype))
             if slope is not None:
                 grad_logits.mul_(slope)

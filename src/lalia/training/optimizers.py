@@ -78,8 +78,9 @@ class Muon(torch.optim.Optimizer):
                 continue
             grads = [p.grad for p in params]
             buffers = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
-            torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
-            updates = torch._foreach_lerp(grads, buffers, group["momentum"])
+            for buffer, grad in zip(buffers, grads, strict=True):
+                buffer.lerp_(grad, 1 - group["momentum"])
+            updates = [torch.lerp(g, b, group["momentum"]) for g, b in zip(grads, buffers, strict=True)]
             by_shape: dict[tuple[int, int], list[tuple[Tensor, Tensor, bool]]] = defaultdict(list)
             for p, update in zip(params, updates, strict=True):
                 heights = self.heights[p]
@@ -88,7 +89,8 @@ class Muon(torch.optim.Optimizer):
                     tall = matrix.t() if wide else matrix
                     by_shape[(tall.shape[0], tall.shape[1])].append((tall, weight, wide))
             if group["weight_decay"]:
-                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+                for p in params:
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
             for entries in by_shape.values():
                 stacked = orthogonalize(torch.stack([tall for tall, _, _ in entries]), self.dtype)
                 for direction, (_, weight, wide) in zip(stacked, entries, strict=True):

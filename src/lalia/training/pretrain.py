@@ -92,7 +92,7 @@ class Evaluation:
         self, model: Transformer, tokenizer: Tokenizer, tokens: Path, window: int, max_bytes: int, last_step: int
     ) -> None:
         self.model, self.tokenizer, self.window, self.last_step = model, tokenizer, window, last_step
-        shards = TokenShards.open(tokens, "validation")
+        shards = TokenShards.open(tokens, "validation", verify=True)
         self.documents = [shards.document(i) for i in range(shards.num_documents)]
         self.table = tokenizer.token_bytes_table()
         self.max_bytes = max_bytes

@@ -134,10 +134,11 @@ class Trainer:
             total += float(loss.detach())
             weight += count
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))) / max(weight, 1)
+        norm = float(torch.nn.utils.get_total_norm(gradients)) / max(weight, 1)
         if weight and math.isfinite(norm) and math.isfinite(total):
             clip = min(1.0, self.settings.gradient_clip / (norm + 1e-12))
-            torch._foreach_mul_(gradients, clip / weight)
+            for gradient in gradients:
+                gradient.mul_(clip / weight)
             for optimizer in self.optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak_lr"] * scale
@@ -251,8 +252,10 @@ def make_optimizers(model: Transformer, settings: OptimizerConfig) -> list[torch
     matrices = matrix_heights(model)
     in_layers = {id(p) for p, _ in matrices}
     rest = [p for p in model.parameters() if id(p) not in in_layers]
+    head = [model.head_weight]
     groups = [
-        {"params": [p for p in rest if p.ndim == 2], "lr": settings.embedding_learning_rate},
+        {"params": head, "lr": settings.head_learning_rate},
+        {"params": [p for p in rest if p.ndim == 2 and p is not head[0]], "lr": settings.embedding_learning_rate},
         {"params": [p for p in rest if p.ndim < 2], "lr": settings.scalar_learning_rate},
     ]
     optimizers: list[torch.optim.Optimizer] = [
@@ -261,7 +264,7 @@ def make_optimizers(model: Transformer, settings: OptimizerConfig) -> list[torch
             lr=settings.matrix_learning_rate,
             momentum=settings.momentum,
             weight_decay=settings.weight_decay,
-            dtype=model.compute_dtype,
+            dtype=iteration_dtype(model),
         ),
         torch.optim.AdamW(
             [group for group in groups if group["params"]],
@@ -275,6 +278,15 @@ def make_optimizers(model: Transformer, settings: OptimizerConfig) -> list[torch
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
     return optimizers
+
+
+def iteration_dtype(model: Transformer) -> torch.dtype:
+    """Precision of Muon's iteration: bfloat16, which it tolerates (Jordan et al. 2024), where products in it are fast."""
+    if model.compute_dtype == torch.bfloat16 or model.embedding.weight.device.type != "cpu":
+        return torch.bfloat16
+    capabilities = torch.cpu.get_capabilities()
+    fast = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+    return torch.bfloat16 if fast else torch.float32
 
 
 def initialize(model: Transformer, seed: int) -> None:

@@ -1,0 +1,1 @@
+"""Text from a model: decoder, sampler, engine, Python API."""
