@@ -12,8 +12,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from machine import describe, write_result
-
 from lalia.data.loader import PackedBatches
 from lalia.data.shards import TokenShards
 from lalia.devices import use_threads
@@ -26,6 +24,7 @@ from lalia.training.config import OptimizerConfig
 from lalia.training.objectives import next_token
 from lalia.training.pretrain import DTYPES, Evaluation
 from lalia.training.trainer import Trainer, initialize
+from machine import describe, write_result
 
 FAMILIES = ("llama", "qwen3", "gemma3_text", "nanochat")
 

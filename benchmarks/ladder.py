@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from architectures import train
-from machine import describe, write_result
 
+from architectures import train
 from lalia.data.shards import TokenShards
 from lalia.devices import use_threads
 from lalia.model.shapes import ArchitectureConfig
 from lalia.planner import depth_of, effective_bytes
+from machine import describe, write_result
 
 
 def fit(rows: list[dict[str, Any]]) -> dict[str, float]:

@@ -197,7 +197,7 @@ def chat(
 def serve(
     model: Model = "runs/shakespeare/chat",
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="port to listen on", min=1, max=65535)] = 8000,
+    port: Annotated[int, typer.Option(help="port to listen on; 0 takes a free one", min=0, max=65535)] = 8000,
     allow_host: Annotated[list[str] | None, typer.Option(help="answer under this host name too")] = None,
 ) -> None:
     """Serve a model: a chat page at / and an OpenAI-compatible API under /v1."""

@@ -122,14 +122,13 @@ class _Planner:
             f"over {'an estimated ' if self.estimated else ''}{self.train_tokens:,} training tokens",
         )
         optimizer = self._optimizer()
-        finetune_steps = self._finetune_steps(speed)
         seconds = steps * speed.seconds_per_step
         predicted = {
             "seconds": round(seconds, 1),
+            "seconds_per_step": round(speed.seconds_per_step, 5),
             "tokens_per_second": round(length * batch / speed.seconds_per_step),
             "memory_bytes": self._memory(shape, length, batch, precision),
             **self._predict_quality(shape.num_matrix_parameters(), tokens),
-            "finetune_seconds": round(finetune_steps * speed.seconds_per_step, 1),
         }
         self.calibration |= {"threads": threads, "flops_per_second": round(speed.flops_per_second)}
         self._say(predicted)
@@ -270,18 +269,6 @@ class _Planner:
         self.set("embedding_learning_rate", settings.embedding_learning_rate, "AdamW; swept on the demo (LOG.md)")
         self.set("decay_fraction", settings.decay_fraction, "linear to zero (Bergsma et al. 2025)")
         return {}
-
-    def _finetune_steps(self, speed: Speed) -> int:
-        config = self.recipe.finetune
-        if not config.enabled:
-            return 0
-        if config.steps:
-            return self.set("finetune_steps", config.steps, "set in the recipe")
-        if not config.budget:
-            raise UserError("finetune needs a budget (finetune.budget = '1 minute') or finetune.steps")
-        budget = parse_budget(config.budget)
-        steps = max(1, int(budget / speed.seconds_per_step))
-        return self.set("finetune_steps", steps, f"{budget:.0f} s at the measured speed")
 
     def _memory(self, shape: ModelConfig, length: int, batch: int, precision: str) -> int:
         rows = min(batch, self.recipe.pretrain.micro_batch_size or batch)

@@ -2,17 +2,29 @@
 
 import difflib
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Annotated, Any, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from lalia.errors import UserError
+
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+"""What random generators take."""
 
 
 class Settings(BaseModel):
     """Immutable, typed settings in which an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool):
+            annotation = cls.model_fields[str(info.field_name)].annotation
+            if annotation in (int, float) or {int, float} & set(get_args(annotation)):
+                raise ValueError("expected a number")  # pydantic would take true as 1
+        return value
 
     @classmethod
     def parse(cls, values: Mapping[str, Any], where: str = "recipe") -> Self:

@@ -104,7 +104,6 @@ STAGES = [
         lambda run: {
             "model": run.recipe.model.model_dump(),
             "pretrain": run.recipe.pretrain.model_dump(exclude={"checkpoint_seconds"}),
-            "finetune": run.recipe.finetune.model_dump(include={"enabled", "budget", "steps"}),
         },
         _plan,
         ("plan.json",),

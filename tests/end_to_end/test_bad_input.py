@@ -36,6 +36,8 @@ def texts(tmp_path: Path) -> Path:
         ("tokenizer.vocab_size=7", ["tokenizer.vocab_size = 7", "greater than or equal to 320"]),
         ("tokenizer.vocab_size=1000", ["tokenizer.vocab_size = 1000", "take 960 or 1024"]),
         ("pretrain.steps=0", ["pretrain.steps = 0", "greater than 0"]),
+        ("pretrain.steps=true", ["pretrain.steps = True", "expected a number"]),
+        ("pretrain.seed=1_000_000_000_000_000_000_000", ["pretrain.seed", "less than"]),
         ("pretrain.steps=many", ["pretrain.steps = 'many'", "integer"]),
         ("pretrain.budget=soon", ["pretrain.budget = 'soon'", "not a time", "'6 minutes'"]),
         ("pretrain.budget=-1 minutes", ["'-1 minutes'", "not a time"]),

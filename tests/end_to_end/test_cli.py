@@ -300,7 +300,7 @@ def test_plan_gives_values_with_reasons_and_what_to_expect(
         "family",
         "hidden_size",
     }
-    names |= {"num_hidden_layers", "parameters", "vocab_size", "matrix_learning_rate", "finetune_steps"}
+    names |= {"num_hidden_layers", "parameters", "vocab_size", "matrix_learning_rate"}
     assert made["values"].keys() >= names
     assert all(entry.keys() == {"value", "reason"} and entry["reason"] for entry in made["values"].values())
     keys = {
@@ -309,7 +309,7 @@ def test_plan_gives_values_with_reasons_and_what_to_expect(
         "memory_bytes",
         "bits_per_byte",
         "bits_per_byte_interval",
-        "finetune_seconds",
+        "seconds_per_step",
     }
     assert made["predicted"].keys() == keys
     assert 50 < made["predicted"]["seconds"] <= 60

@@ -13,7 +13,7 @@ from lalia.stages import STAGES
 from tests.end_to_end.conftest import SETTINGS, command, environment, lalia
 
 KILLS_PER_STAGE = int(os.environ.get("LALIA_KILLS_PER_STAGE", "1"))
-"""1 for every commit; benchmarks/kill_test.py raises it to reach 20 moments and more."""
+"""1 for every commit; 3 kills at 21 moments: LALIA_KILLS_PER_STAGE=3 pytest tests/end_to_end/test_kill.py -s"""
 
 
 def digests(run: Path) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from lalia.settings import Settings
+from lalia.settings import Seed, Settings
 
 
 class EvaluateConfig(Settings):
@@ -13,4 +13,4 @@ class EvaluateConfig(Settings):
     baselines: bool = True
     samples: int = Field(default=3, ge=0)
     sample_tokens: int = Field(default=120, gt=0)
-    seed: int = 3
+    seed: Seed = 3

@@ -22,7 +22,6 @@ OTHER_TOKENIZERS = {"gpt2": "GPT-2", "cl100k": "cl100k (GPT-4)"}
 # Predictions of the planner: how they are worded, and the stage and name under which the outcome is recorded.
 PREDICTIONS: dict[str, tuple[str, Callable[[float], str], str, str]] = {
     "seconds": ("Training time, base model", wording.duration, "base", "training_seconds"),
-    "finetune_seconds": ("Training time, assistant", wording.duration, "chat", "training_seconds"),
     "tokens_per_second": ("Tokens per second, base model", wording.count, "base", "tokens_per_second"),
     "memory_bytes": ("Peak memory, base model", wording.size, "base", "peak_memory_bytes"),
     "bits_per_byte": ("Bits per byte, base model", wording.bits_per_byte, "base", "bits_per_byte"),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 NUM_BLOCKS = 4
 """Query blocks of the CPU form. Block i sees the keys up to its own end, so two blocks skip a quarter of the square
-and four 3/8; more blocks mean smaller matrix products. benchmarks/attention.py measures the trade."""
+and four 3/8; more blocks mean smaller matrix products. benchmarks/kernels.py measures the trade."""
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None, causal: bool) -> Tensor:

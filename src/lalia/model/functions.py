@@ -17,7 +17,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
     In float32 on a CPU the products of forward and of the input's gradient go to oneDNN, which PyTorch bundles and
     uses for bfloat16 but not for float32; there it calls MKL, which on AMD processors is a third slower
-    (benchmarks/linear.py). The gradient of the weight is as fast in MKL and stays there.
+    (benchmarks/kernels.py). The gradient of the weight is as fast in MKL and stays there.
 
     Args:
         x: (..., in_features)

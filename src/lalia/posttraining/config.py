@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from lalia.settings import Settings
+from lalia.settings import Seed, Settings
 from lalia.training.config import Budget, OptimizerConfig
 
 
@@ -28,11 +28,12 @@ class FinetuneConfig(Settings):
     micro_batch_size: int | None = Field(default=None, gt=0)
     optimizer: OptimizerConfig = OptimizerConfig(
         matrix_learning_rate=0.004,
-        embedding_learning_rate=0.0015,
+        embedding_learning_rate=0.02,
+        head_learning_rate=0.0015,
         scalar_learning_rate=0.0015,
         warmup_fraction=0.02,
         decay_fraction=0.9,
     )
     evaluations: int = Field(default=2, ge=0)
     checkpoint_seconds: float = Field(default=30.0, gt=0)
-    seed: int = 2
+    seed: Seed = 2

@@ -23,7 +23,7 @@ from lalia.posttraining.dialogue import (
 from lalia.progress import Progress
 from lalia.tokenizer.bpe import Tokenizer
 from lalia.tokenizer.chat import render_with_mask
-from lalia.training.config import TrainingConfig
+from lalia.training.config import TrainingConfig, parse_budget
 from lalia.training.objectives import next_token
 from lalia.training.pretrain import DTYPES, Evaluation, evenly_spaced, save_trained
 from lalia.training.trainer import Trainer
@@ -63,7 +63,8 @@ def finetune(
     """
     values = {name: entry["value"] for name, entry in plan["values"].items()}
     use_threads(values["threads"])
-    length, batch_size, steps = values["sequence_length"], values["batch_size"], values["finetune_steps"]
+    length, batch_size = values["sequence_length"], values["batch_size"]
+    steps = num_steps(config, plan["predicted"]["seconds_per_step"])
     tokenizer = Tokenizer.load(tokens / "tokenizer")
     train = read_documents(documents, "train")
     conversations, counts = collect_conversations(config, train, tokenizer, length, steps * batch_size * length)
@@ -103,6 +104,14 @@ def finetune(
     }
     save_trained(model, tokenizer, out, chat=True)
     return happened
+
+
+def num_steps(config: FinetuneConfig, seconds_per_step: float) -> int:
+    """Optimizer steps: those asked for, or what the budget buys at the planned speed of pretraining."""
+    if config.steps is not None:
+        return config.steps
+    assert config.budget is not None  # FinetuneConfig sees to it
+    return max(1, int(parse_budget(config.budget) / seconds_per_step))
 
 
 def collect_conversations(

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from lalia.errors import UserError
-from lalia.settings import Settings
+from lalia.settings import Seed, Settings
 
 UNITS = {"s": 1, "sec": 1, "second": 1, "m": 60, "min": 60, "minute": 60, "h": 3600, "hour": 3600, "day": 86400}
 """Seconds of each unit that a budget may name, also in the plural."""
@@ -76,4 +76,4 @@ class TrainingConfig(Settings):
     evaluation_bytes: int = Field(default=100_000, gt=0)
     """Bytes of held-out text that an evaluation along the run reads (the final one reads all)."""
     checkpoint_seconds: float = Field(default=30.0, gt=0)
-    seed: int = 1
+    seed: Seed = 1

@@ -281,7 +281,7 @@ def make_optimizers(model: Transformer, settings: OptimizerConfig) -> list[torch
 
 
 def iteration_dtype(model: Transformer) -> torch.dtype:
-    """Precision of Muon's iteration: bfloat16, which it tolerates (Jordan et al. 2024), where products in it are fast."""
+    """Precision of Muon's iteration: bfloat16 where that is fast; the iteration tolerates it (Jordan et al. 2024)."""
     if model.compute_dtype == torch.bfloat16 or model.embedding.weight.device.type != "cpu":
         return torch.bfloat16
     capabilities = torch.cpu.get_capabilities()
