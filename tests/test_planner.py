@@ -187,7 +187,7 @@ def test_neither_budget_nor_steps(measured: list[ModelConfig]) -> None:
         plan({})
     with pytest.raises(UserError, match="set model.hidden_size and model.num_hidden_layers too"):
         plan({"steps": 10})
-    with pytest.raises(UserError, match="finetune needs a budget"):
+    with pytest.raises(UserError, match="finetune: needs a budget"):
         plan({"budget": "1 minute"}, finetune=Recipe().finetune.model_copy(update={"budget": None}).model_dump())
 
 

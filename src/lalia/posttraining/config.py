@@ -1,8 +1,8 @@
 """Settings of the finetune stage."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from lalia.settings import Seed, Settings
 from lalia.training.config import Budget, OptimizerConfig
@@ -19,7 +19,7 @@ class FinetuneConfig(Settings):
     """What the assistant calls itself."""
     max_turns: int = Field(default=8, ge=2)
     """Longest conversation in turns."""
-    identity_share: float = Field(default=0.08, ge=0, lt=1)
+    identity_share: float = Field(default=0.15, ge=0, lt=1)
     """Share of conversations about the assistant itself and its sources."""
     pretraining_share: float = Field(default=0.25, ge=0, lt=1)
     """Share of steps on pretraining text, so that the model does not forget it."""
@@ -37,3 +37,9 @@ class FinetuneConfig(Settings):
     evaluations: int = Field(default=2, ge=0)
     checkpoint_seconds: float = Field(default=30.0, gt=0)
     seed: Seed = 2
+
+    @model_validator(mode="after")
+    def _has_an_end(self) -> Self:
+        if self.enabled and self.budget is None and self.steps is None:
+            raise ValueError("needs a budget (finetune.budget = '1 minute') or finetune.steps")
+        return self

@@ -28,17 +28,22 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, softca
         the loss sum in nats (a float32 scalar; 0 if nothing counts) and the number of rows counted.
     """
     hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-    keep = targets != -100
-    count = int(keep.sum())
-    if count < len(targets):
-        hidden, targets = hidden[keep], targets[keep]
+    kept = (targets != -100).nonzero().squeeze(1)
+    count = len(kept)
+    padding = -count % CHUNK_ROWS
+    if padding or count < len(targets):
+        # Whole chunks only, the last filled up with copies of row 0 that do not count: the library behind the products
+        # keeps code and buffers for every shape it meets, which is a leak where the number of rows differs each step.
+        kept = F.pad(kept, (0, padding))
+        hidden, targets = hidden.index_select(0, kept), targets.index_select(0, kept).clamp_min(0)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        return _LinearCrossEntropy.apply(hidden, weight, targets, softcap), count
+        return _LinearCrossEntropy.apply(hidden, weight, targets, count, softcap), count
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
     cast = weight.to(hidden.dtype)
     for start in range(0, count, CHUNK_ROWS):
         logits = _softcap(linear(hidden[start : start + CHUNK_ROWS], cast).float(), softcap)
-        total += F.cross_entropy(logits, targets[start : start + CHUNK_ROWS], reduction="sum")
+        end = min(count - start, CHUNK_ROWS)
+        total += F.cross_entropy(logits[:end], targets[start : start + end], reduction="sum")
     return total, count
 
 
@@ -48,7 +53,9 @@ def _softcap(logits: Tensor, cap: float) -> Tensor:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, count: int, softcap: float
+    ) -> Tensor:  # hidden (rows, hidden_size), of which the first `count` count
         cast = weight.to(hidden.dtype)
         transposed = cast.t().contiguous()  # (hidden_size, vocab_size)
         grad_hidden = torch.empty_like(hidden)
@@ -59,9 +66,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits = _softcap(linear(rows, cast).float(), softcap)  # (rows, vocab)
             slope = 1.0 - (logits / softcap).square_() if softcap else None
             log_probs = logits.log_softmax(-1)
-            total -= log_probs.gather(1, labels).sum()
+            end = min(count - start, CHUNK_ROWS)
+            total -= log_probs[:end].gather(1, labels[:end]).sum()
             grad_logits = log_probs.exp_()  # the probabilities
             grad_logits.scatter_add_(1, labels, torch.full_like(labels, -1, dtype=grad_logits.dtype))
+            grad_logits[end:] = 0.0
             if slope is not None:
                 grad_logits.mul_(slope)
             grad_logits = grad_logits.to(hidden.dtype)
@@ -75,6 +84,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad.to(grad_hidden.dtype), (grad_weight * grad).to(ctx.weight_dtype), None, None
+        return grad_hidden * grad.to(grad_hidden.dtype), (grad_weight * grad).to(ctx.weight_dtype), None, None, None
