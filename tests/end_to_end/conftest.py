@@ -63,7 +63,7 @@ def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src"), "TERM": "dumb", "COLUMNS": "200"}
 
 
-def lalia(*arguments: str, cwd: Path, stdin: str = "", timeout: float = 120.0) -> subprocess.CompletedProcess[str]:
+def lalia(*arguments: str, cwd: Path, stdin: str = "", timeout: float = 600.0) -> subprocess.CompletedProcess[str]:
     """Run the command line and capture what it prints."""
     return subprocess.run(
         command(*arguments),

@@ -60,7 +60,7 @@ def test_a_limit_on_the_size_of_files(corpus: Path, tmp_path: Path) -> None:
         preexec_fn=limit_files,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
     assert limited.returncode == 1, limited.stderr
@@ -156,11 +156,11 @@ def test_ctrl_c_stops_with_a_message_and_keeps_the_checkpoint(corpus: Path, tmp_
         stderr=subprocess.PIPE,
         text=True,
     )
-    deadline = time.monotonic() + 60
-    while not list(run.glob(".base.partial/step-*.json")) and time.monotonic() < deadline:
+    deadline = time.monotonic() + 300  # only against hanging: a busy machine may take long
+    while not list(run.glob(".base.partial/step-*.json")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=30)
+    _, said = process.communicate(timeout=300)
     assert process.returncode == 130
     assert said.endswith("lalia: stopped; the same command continues where it left off\n")
     assert "Traceback" not in said

@@ -96,21 +96,21 @@ class Evaluation:
         self.documents = [shards.document(i) for i in range(shards.num_documents)]
         self.table = tokenizer.token_bytes_table()
         self.max_bytes = max_bytes
+        self.num_bytes = shards.num_bytes
         self.last: float | None = None
 
     def __call__(self, step: int) -> dict[str, Any]:
-        final = step >= self.last_step
-        documents = self._all() if final else self._excerpt()
+        whole = step >= self.last_step or self.num_bytes <= self.max_bytes
+        documents = self._all() if whole else self._excerpt()
         self.last = bits_per_byte(self.model, documents, self.window)
         sample = sample_text(self.model, self.tokenizer, max_tokens=48, seed=step)
-        return {"bits_per_byte": self.last, "sample": sample, "all_of_validation": final}
+        return {"bits_per_byte": self.last, "sample": sample, "all_of_validation": whole}
 
     def _all(self) -> list[tuple[list[int], int]]:
         return [(ids.tolist(), int(self.table[ids].sum())) for ids in self.documents]
 
     def _excerpt(self) -> list[tuple[list[int], int]]:
         """The beginning of every document, as long as its share of `max_bytes`."""
-        total = sum(int(self.table[ids].sum()) for ids in self.documents)
-        share = min(1.0, self.max_bytes / max(total, 1))
+        share = self.max_bytes / self.num_bytes
         excerpts = (ids[: max(2, round(len(ids) * share))] for ids in self.documents)
         return [(ids.tolist(), int(self.table[ids].sum())) for ids in excerpts]
