@@ -68,6 +68,16 @@ def _finetune(run: Run, out: Path, mark: str) -> dict[str, Any]:
     )
 
 
+def _finetune_settings(run: Run) -> dict[str, Any]:
+    """A budget becomes steps at the speed that the plan measured, which then counts too."""
+    config = run.recipe.finetune
+    path = run.path("plan") / "plan.json"
+    speed = None
+    if config.steps is None and path.exists():
+        speed = read_json(path).get("predicted", {}).get("seconds_per_step")
+    return {"finetune": config.model_dump(exclude={"checkpoint_seconds"}), "seconds_per_step": speed}
+
+
 def _evaluate(run: Run, out: Path, mark: str) -> dict[str, Any]:
     from lalia.evaluation.evaluate import evaluate
 
@@ -112,7 +122,7 @@ STAGES = [
     Stage(
         "chat",
         ("documents", "base"),
-        lambda run: {"finetune": run.recipe.finetune.model_dump(exclude={"checkpoint_seconds"})},
+        _finetune_settings,
         _finetune,
         _MODEL_FILES,
         resumable=True,
