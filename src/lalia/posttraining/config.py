@@ -19,11 +19,11 @@ class FinetuneConfig(Settings):
     """What the assistant calls itself."""
     max_turns: int = Field(default=8, ge=2)
     """Longest conversation in turns."""
-    identity_share: float = Field(default=0.15, ge=0, lt=1)
+    identity_share: float = Field(default=0.3, ge=0, lt=1)
     """Share of conversations about the assistant itself and its sources."""
     pretraining_share: float = Field(default=0.25, ge=0, lt=1)
     """Share of steps on pretraining text, so that the model does not forget it."""
-    budget: Budget | None = "1 minute"
+    budget: Budget | None = "90 seconds"
     steps: int | None = Field(default=None, gt=0)
     micro_batch_size: int | None = Field(default=None, gt=0)
     optimizer: OptimizerConfig = OptimizerConfig(
