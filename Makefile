@@ -17,7 +17,7 @@ demo: $(VENV)/.demo
 		printf '\nNext:\n  %s\n  %s\n  %s\n' \
 			"$(BIN)/lalia chat $(RUN)                 talk with it here" \
 			"$(BIN)/lalia serve $(RUN)                a chat page and an API at http://127.0.0.1:8000" \
-			"open $(RUN)/report.html               what happened, in pictures"; \
+			"$(RUN)/report.html                        what happened, in pictures: open it in a browser"; \
 	fi
 
 test: $(VENV)/.test

@@ -163,6 +163,7 @@ def _ensure(run: Run, stage: Stage) -> dict[str, Any]:
     finished = _receipt(_partial(run, stage))
     if finished is not None and finished["fingerprint"] == mark:  # it was stopped just before the rename
         return _put_in_place(run, stage, finished)
+    _refuse_foreign_folder(run.path(stage.name))
     run.progress.heading(f"{stage.name}: {'continuing' if state == 'continue' else reason}")
     partial = _partial(run, stage)
     if state == "make" and partial.exists():
@@ -188,10 +189,24 @@ def _ensure(run: Run, stage: Stage) -> dict[str, Any]:
     return _put_in_place(run, stage, receipt)
 
 
+def _refuse_foreign_folder(target: Path) -> None:
+    """A stage replaces its own earlier result, never a folder that somebody else filled.
+
+    Raises:
+        UserError: if the folder holds files and no stage made it.
+    """
+    if target.is_dir() and any(target.iterdir()) and not (target / "receipt.json").exists():
+        raise UserError(
+            f"{target} holds files and no receipt of Lalia's, so it may be yours and is left alone; move it away, or "
+            "choose another run folder with --run FOLDER"
+        )
+
+
 def _put_in_place(run: Run, stage: Stage, receipt: dict[str, Any]) -> dict[str, Any]:
     partial = _partial(run, stage)
-    for leftover in (STARTED, ".seconds"):
-        (partial / leftover).unlink(missing_ok=True)
+    # Checkpoints go only now that the receipt is written: until then a killed stage continues from them.
+    for leftover in (partial / STARTED, partial / ".seconds", *partial.glob("step-*"), *partial.glob(".step-*")):
+        leftover.unlink(missing_ok=True)
     replace_directory(partial, run.path(stage.name))
     run.progress.record("stage_end", stage=stage.name, seconds=receipt["seconds"])
     run.progress.say(f"{stage.name}: finished in {receipt['seconds']:.0f} s")

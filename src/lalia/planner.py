@@ -198,8 +198,9 @@ class _Planner:
         best: tuple[float, ModelConfig] | None = None
         for candidate in candidates:
             step = speed.seconds_per_step * _relative_cost(candidate, probe, length)
-            steps = self.recipe.pretrain.steps or int(budget / step)
-            if steps < 20:
+            affordable = int(budget / step)
+            steps = self.recipe.pretrain.steps or affordable
+            if steps > affordable or affordable < 20:
                 continue
             quality = expected_bits_per_byte(
                 candidate.num_matrix_parameters(),
@@ -209,10 +210,11 @@ class _Planner:
             if best is None or quality < best[0]:
                 best = (quality, candidate)
         if best is None:
-            smallest = speed.seconds_per_step * _relative_cost(candidates[0], probe, length) * 20
+            needed = max(20, self.recipe.pretrain.steps or 0)
+            smallest = speed.seconds_per_step * _relative_cost(candidates[0], probe, length) * needed
             raise UserError(
-                f"a budget of {budget:.0f} s is too small for any model: the smallest needs {smallest:.0f} s for 20 "
-                f"steps here; set pretrain.budget = '{math.ceil(smallest)} seconds' or more"
+                f"a budget of {budget:.0f} s is too small for any model: the smallest needs {smallest:.0f} s for "
+                f"{needed} steps here; set pretrain.budget = '{math.ceil(smallest)} seconds' or more"
             )
         return best[1], f"lowest expected bits per byte among {len(candidates)} sizes at the measured speed"
 

@@ -8,6 +8,17 @@ from lalia.settings import Seed, Settings
 from lalia.training.config import Budget, OptimizerConfig
 
 
+class FinetuneOptimizerConfig(OptimizerConfig):
+    """Pretraining's optimizer settings at lower learning rates, over a schedule that decays nearly all the way."""
+
+    matrix_learning_rate: float = Field(default=0.004, gt=0)
+    embedding_learning_rate: float = Field(default=0.02, gt=0)
+    head_learning_rate: float = Field(default=0.0015, gt=0)
+    scalar_learning_rate: float = Field(default=0.0015, gt=0)
+    warmup_fraction: float = Field(default=0.02, ge=0, lt=1)
+    decay_fraction: float = Field(default=0.9, ge=0, le=1)
+
+
 class FinetuneConfig(Settings):
     """Supervised finetuning of the base model into one that talks."""
 
@@ -26,14 +37,7 @@ class FinetuneConfig(Settings):
     budget: Budget | None = "90 seconds"
     steps: int | None = Field(default=None, gt=0)
     micro_batch_size: int | None = Field(default=None, gt=0)
-    optimizer: OptimizerConfig = OptimizerConfig(
-        matrix_learning_rate=0.004,
-        embedding_learning_rate=0.02,
-        head_learning_rate=0.0015,
-        scalar_learning_rate=0.0015,
-        warmup_fraction=0.02,
-        decay_fraction=0.9,
-    )
+    optimizer: FinetuneOptimizerConfig = FinetuneOptimizerConfig()
     evaluations: int = Field(default=2, ge=0)
     checkpoint_seconds: float = Field(default=30.0, gt=0)
     seed: Seed = 2

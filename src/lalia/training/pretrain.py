@@ -1,6 +1,5 @@
 """The pretrain stage: from token shards and a plan to a base model folder."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -76,13 +75,11 @@ def evenly_spaced(steps: int, count: int) -> frozenset[int]:
 
 
 def save_trained(model: Transformer, tokenizer: Tokenizer, out: Path, chat: bool) -> None:
-    """Write the model folder and remove the checkpoints that led to it."""
+    """Write the model folder; the checkpoints that led to it stay until the stage is complete."""
     model.compute_dtype = torch.float32
     eos_ids = [tokenizer.turn_end_id, tokenizer.end_of_text_id] if chat else [tokenizer.end_of_text_id]
     save_model(model, out, {"eos_token_id": eos_ids, "bos_token_id": tokenizer.end_of_text_id})
     tokenizer.save(out, max_length=model.config.max_position_embeddings, chat=chat)
-    for path in out.glob("step-*"):
-        path.unlink() if path.is_file() else shutil.rmtree(path)
 
 
 class Evaluation:
