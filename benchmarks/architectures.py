@@ -8,6 +8,7 @@ Writes benchmarks/results/architectures.json: bits per byte on all held-out text
 """
 
 import argparse
+import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,19 @@ FAMILIES = ("llama", "qwen3", "gemma3_text", "nanochat")
 
 
 def train(
-    architecture: ArchitectureConfig, tokens: Path, seconds: float, precision: str, seed: int, length: int, batch: int
+    architecture: ArchitectureConfig,
+    tokens: Path,
+    seconds: float,
+    precision: str,
+    seed: int,
+    length: int,
+    batch: int,
+    step_seconds: float | None = None,
 ) -> dict[str, Any]:
     """Train one shape for `seconds` at its measured speed and score it on all held-out text."""
     shards = TokenShards.open(tokens, "train")
     shape = architecture.build(shards.vocab_size, length)
-    step_seconds = measure_step(shape, batch, length, precision, steps=4)
+    step_seconds = step_seconds or measure_step(shape, batch, length, precision, steps=4)
     steps = max(1, int(seconds / step_seconds))
     model = Transformer(shape)
     initialize(model, seed)
@@ -82,12 +90,28 @@ def main() -> None:
     arguments = parser.parse_args()
     threads = use_threads()
     rows: list[dict[str, Any]] = []
+    vocab_size = TokenShards.open(arguments.run / "tokens", "train").vocab_size
+    turns: dict[str, list[float]] = {family: [] for family in arguments.families}
+    for family in arguments.families * 4:  # in turn, so that a slow moment of the machine meets all of them
+        shape = ArchitectureConfig(
+            family=family, hidden_size=arguments.width, num_hidden_layers=arguments.layers
+        ).build(vocab_size, 256)
+        turns[family].append(measure_step(shape, 8, 256, arguments.precision, steps=3))
     for seed in range(1, arguments.seeds + 1):
         for family in arguments.families:
             architecture = ArchitectureConfig(
                 family=family, hidden_size=arguments.width, num_hidden_layers=arguments.layers
             )
-            row = train(architecture, arguments.run / "tokens", arguments.seconds, arguments.precision, seed, 256, 8)
+            row = train(
+                architecture,
+                arguments.run / "tokens",
+                arguments.seconds,
+                arguments.precision,
+                seed,
+                256,
+                8,
+                statistics.median(turns[family]),
+            )
             print(
                 f"{family:<12} seed {seed}  {row['parameters'] / 1e6:.2f} M  {row['steps']} steps  "
                 f"{row['tokens_per_second']:,} tokens/s  {row['bits_per_byte']:.4f} bits per byte",

@@ -254,7 +254,7 @@ class _Planner:
         )
 
     def _describe(self, shape: ModelConfig, reason: str) -> None:
-        self.set("family", shape.family, "best bits per byte at equal time of four (docs/decisions/002)")
+        self.set("family", shape.family, "chosen among four (docs/decisions/002)")
         self.set("hidden_size", shape.hidden_size, reason)
         self.set("num_hidden_layers", shape.num_hidden_layers, "depth grows with width (LOG.md)")
         self.set("num_attention_heads", shape.num_attention_heads, f"hidden_size / head_dim {shape.head_dim}")
