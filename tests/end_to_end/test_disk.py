@@ -155,6 +155,8 @@ def test_ctrl_c_stops_with_a_message_and_keeps_the_checkpoint(corpus: Path, tmp_
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        # A shell that starts us in the background has SIGINT ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 300  # only against hanging: a busy machine may take long
     while not list(run.glob(".base.partial/step-*.json")) and process.poll() is None and time.monotonic() < deadline:
