@@ -163,7 +163,7 @@ def _ensure(run: Run, stage: Stage) -> dict[str, Any]:
     finished = _receipt(_partial(run, stage))
     if finished is not None and finished["fingerprint"] == mark:  # it was stopped just before the rename
         return _put_in_place(run, stage, finished)
-    _refuse_foreign_folder(run.path(stage.name))
+    _refuse_foreign_folder(run.path(stage.name), stage)
     run.progress.heading(f"{stage.name}: {'continuing' if state == 'continue' else reason}")
     partial = _partial(run, stage)
     if state == "make" and partial.exists():
@@ -189,15 +189,16 @@ def _ensure(run: Run, stage: Stage) -> dict[str, Any]:
     return _put_in_place(run, stage, receipt)
 
 
-def _refuse_foreign_folder(target: Path) -> None:
+def _refuse_foreign_folder(target: Path, stage: Stage) -> None:
     """A stage replaces its own earlier result, never a folder that somebody else filled.
 
     Raises:
         UserError: if the folder holds files and no stage made it.
     """
-    if target.is_dir() and any(target.iterdir()) and not (target / "receipt.json").exists():
+    ours = ("receipt.json", *stage.files)
+    if target.is_dir() and any(target.iterdir()) and not any((target / name).exists() for name in ours):
         raise UserError(
-            f"{target} holds files and no receipt of Lalia's, so it may be yours and is left alone; move it away, or "
+            f"{target} holds files and none of Lalia's, so it may be yours and is left alone; move it away, or "
             "choose another run folder with --run FOLDER"
         )
 
