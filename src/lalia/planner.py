@@ -56,7 +56,7 @@ def make_plan(recipe: Recipe, manifest: dict[str, Any], progress: Progress) -> d
         progress: where to report.
 
     Returns:
-        {"values": {name: {"value", "reason"}}, "model": ModelConfig, "optimizer": learning rates,
+        {"values": {name: {"value", "reason"}}, "model": ModelConfig,
         "predicted": {...}, "calibration": {...}}.
 
     Raises:
@@ -121,7 +121,7 @@ class _Planner:
             round(epochs, 3),
             f"over {'an estimated ' if self.estimated else ''}{self.train_tokens:,} training tokens",
         )
-        optimizer = self._optimizer()
+        self._explain_optimizer()
         seconds = steps * speed.seconds_per_step
         predicted = {
             "seconds": round(seconds, 1),
@@ -135,7 +135,6 @@ class _Planner:
         return {
             "values": self.values,
             "model": shape.model_dump(),
-            "optimizer": optimizer,
             "predicted": predicted,
             "calibration": self.calibration,
         }
@@ -265,12 +264,11 @@ class _Planner:
         )
         self.set("parameters", total, "matrix weights and embedding")
 
-    def _optimizer(self) -> dict[str, Any]:
+    def _explain_optimizer(self) -> None:
         settings = self.recipe.pretrain.optimizer
         self.set("matrix_learning_rate", settings.matrix_learning_rate, "Muon; transfers across widths (Jordan 2024)")
         self.set("embedding_learning_rate", settings.embedding_learning_rate, "AdamW; swept on the demo (LOG.md)")
         self.set("decay_fraction", settings.decay_fraction, "linear to zero (Bergsma et al. 2025)")
-        return {}
 
     def _memory(self, shape: ModelConfig, length: int, batch: int, precision: str) -> int:
         rows = min(batch, self.recipe.pretrain.micro_batch_size or batch)

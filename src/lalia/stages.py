@@ -41,7 +41,7 @@ def _planned(run: Run) -> dict[str, Any]:
     """A plan holds what was measured on the day, so what was planned counts, not only what was asked."""
     path = run.path("plan") / "plan.json"
     plan = read_json(path) if path.exists() else {}
-    return {"planned": fingerprint([plan.get(key) for key in ("values", "model", "optimizer")])}
+    return {"planned": fingerprint([plan.get(key) for key in ("values", "model")])}
 
 
 def _pretrain(run: Run, out: Path, mark: str) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def pretrain(
         batches,
         next_token,
         steps,
-        config.optimizer.model_copy(update=plan["optimizer"]),
+        config.optimizer,
         out,
         run_fingerprint,
         progress,
