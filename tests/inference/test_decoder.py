@@ -9,13 +9,64 @@ from lalia.model.transformer import Transformer
 SWITCHES = {
     "llama": {"qk_norm": "none"},
     "qwen3": {},
-    "windows": {"sliding_window": 5, "full_attention_every": 2, "rope_theta_local": 500.0},
+    "windows": {
+        "sliding_window": 5,
+        "layer_types": ("sliding_attention", "full_attention"),
+        "rope_theta_local": 500.0,
+    },
+    "all windows": {"sliding_window": 5},
     "gemma": {
         "norm_order": "sandwich",
         "norm_weight": "offset",
         "activation": "gelu_tanh",
         "embedding_multiplier": 5.65,
         "attention_scale": 0.3,
+    },
+    "gpt2": {
+        "norm": "layer",
+        "positions": "learned",
+        "qk_norm": "none",
+        "qkv_bias": True,
+        "attention_output_bias": True,
+        "feed_forward_bias": True,
+        "activation": "gelu_tanh",
+        "gated": False,
+    },
+    "phi": {
+        "norm": "layer",
+        "norm_order": "parallel",
+        "qk_norm": "none",
+        "rope_fraction": 0.5,
+        "qkv_bias": True,
+        "attention_output_bias": True,
+        "feed_forward_bias": True,
+        "head_bias": True,
+        "tie_word_embeddings": False,
+        "activation": "gelu_tanh",
+        "gated": False,
+    },
+    "gemma2": {
+        "norm_order": "sandwich",
+        "norm_weight": "offset",
+        "qk_norm": "none",
+        "attention_softcap": 2.0,
+        "logit_softcap": 30.0,
+        "sliding_window": 5,
+        "layer_types": ("sliding_attention", "full_attention"),
+    },
+    "experts": {"num_experts": 4, "num_experts_per_token": 2, "expert_size": 24, "dense_layers": (1,)},
+    "grok": {
+        "norm_order": "sandwich",
+        "qk_norm": "none",
+        "attention_softcap": 2.0,
+        "output_multiplier": 0.6,
+        "num_experts": 4,
+        "num_experts_per_token": 2,
+        "normalize_expert_weights": False,
+        "activation": "gelu_tanh",
+    },
+    "scaled": {
+        "rope_scaling": {"kind": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "attention_factor": 1.2}
     },
     "nanochat": {
         "qk_norm": "after_rope",
@@ -65,8 +116,8 @@ def test_equals_the_full_forward(model_factory, monkeypatch, switches, padded_to
 def test_the_comparison_notices_a_wrong_rotation(model_factory, monkeypatch):
     rotary = Decoder.rotary
 
-    def backwards(self, theta, length):
-        cos, sin = rotary(self, theta, length)
+    def backwards(self, rope, layer, length):
+        cos, sin = rotary(self, rope, layer, length)
         return cos, -sin
 
     monkeypatch.setattr(Decoder, "rotary", backwards)
@@ -83,7 +134,7 @@ def test_without_copies_of_the_weights(model_factory, monkeypatch):
 @pytest.mark.parametrize("copy", [False, True])
 def test_linear_in_every_layout(shape, rows, copy):
     weight, x = torch.randn(shape), torch.randn(rows, shape[1])
-    torch.testing.assert_close(Linear(weight, torch.float32, copy)(x), x @ weight.t(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(Linear(weight, None, torch.float32, copy)(x), x @ weight.t(), rtol=1e-4, atol=1e-4)
 
 
 def test_refresh_takes_over_a_training_step(model_factory):

@@ -35,7 +35,7 @@ CONFIGS = {
         rope_theta=1e6,
         rope_theta_local=1e4,
         sliding_window=8,
-        full_attention_every=3,
+        layer_types=("sliding_attention", "sliding_attention", "full_attention", "sliding_attention"),
         activation="gelu_tanh",
     ),
     "nanochat": ModelConfig(

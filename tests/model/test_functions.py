@@ -1,6 +1,7 @@
 """The hand-written functions of the transformer against textbook expressions: values and gradients."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -8,9 +9,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lalia.model.attention import attend
-from lalia.model.functions import relu_squared, rms_norm, rotary_table, rotate, swiglu
+from lalia.model.config import ModelConfig
+from lalia.model.functions import relu_squared, rms_norm, rotate, swiglu
+from lalia.model.rotary import rotary_table
 
 EPS = 1e-2  # large enough to be seen
+
+
+def rotary_config(head_dim: int, theta: float, direction: Any = 1) -> ModelConfig:
+    return ModelConfig(
+        vocab_size=1,
+        hidden_size=1,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=head_dim,
+        intermediate_size=1,
+        max_position_embeddings=1,
+        rope_theta=theta,
+        rope_direction=direction,
+    )
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
@@ -107,7 +125,7 @@ def test_rms_norm_keeps_the_dtype_of_x() -> None:
 @pytest.mark.parametrize("batched", [True, False])
 def test_rotate(direction: int, batched: bool) -> None:
     positions = torch.tensor([[0, 1, 5, 30], [7, 2, 0, 3]]) if batched else torch.tensor([0, 3, 4, 31])
-    cos, sin = rotary_table(positions, 6, 100.0, direction)
+    cos, sin = rotary_table(positions, rotary_config(6, 100.0, direction), 0)
     assert cos.dtype == torch.float32 and cos.shape == (*positions.shape, 6)
 
     def ours(x: Tensor) -> Tensor:
@@ -171,7 +189,7 @@ def test_attention(case: str, kv_heads: int) -> None:
     inputs = random(2, 4, length, 6), random(2, kv_heads, length, 6, seed=1), random(2, kv_heads, length, 6, seed=2)
 
     def ours(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return attend(query, key, value, 0.7, mask, causal=mask is None)
+        return attend(query, key, value, 0.7, mask, causal=True)
 
     def textbook(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return textbook_attention(query, key, value, 0.7, allowed)
@@ -226,7 +244,7 @@ def bfloat16_error(function: Callable[..., Tensor], truth: tuple[Tensor, ...], *
 def test_bfloat16() -> None:
     x, weight = random(4, 64).bfloat16().double(), random(64, seed=1).bfloat16().double()
     positions = torch.arange(4)
-    cos, sin = rotary_table(positions, 16, 100.0)
+    cos, sin = rotary_table(positions, rotary_config(16, 100.0), 0)
     q, k, v = (random(2, 2, 32, 16, seed=seed).bfloat16().double() for seed in range(3))
     allowed = causal(32)
     cases: list[tuple[Callable[..., Tensor], Callable[..., Tensor], tuple[Tensor, ...]]] = [

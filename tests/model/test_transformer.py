@@ -36,7 +36,7 @@ CONFIGS = {
         rope_theta=1e6,
         rope_theta_local=1e4,
         sliding_window=6,
-        full_attention_every=3,
+        layer_types=("sliding_attention", "sliding_attention", "full_attention"),
         activation="gelu_tanh",
     ),
     "nanochat": ModelConfig(
@@ -172,7 +172,7 @@ def test_later_tokens_do_not_matter_and_earlier_ones_do(model: Transformer) -> N
 
 def test_window_reaches_back_its_length() -> None:
     """With windows of 6 in every layer, three layers see 3 * 5 tokens back and no more."""
-    config = CONFIGS["gemma3_text"].model_copy(update={"full_attention_every": 9})
+    config = CONFIGS["gemma3_text"].model_copy(update={"layer_types": None})
     model = Transformer(config)
     model.load_state_dict(make("gemma3_text").state_dict())
     tokens = random_tokens(1)
@@ -239,7 +239,7 @@ def test_bfloat16_activations(model: Transformer) -> None:
 @pytest.mark.parametrize("length", [64, 256])
 def test_flops_per_token(length: int, model: Transformer) -> None:
     """Against PyTorch's counter, which counts matrix products, as the formula does."""
-    c = model.config.model_copy(update={"sliding_window": None, "full_attention_every": 1})
+    c = model.config.model_copy(update={"sliding_window": None, "layer_types": None})
     model = Transformer(c)
     tokens = torch.zeros(1, length, dtype=torch.int64)
     # A forward pass with attention as plain products over the whole square: a third of a step.
@@ -258,7 +258,7 @@ def test_flops_per_token(length: int, model: Transformer) -> None:
 
 def test_flops_of_windowed_layers() -> None:
     c = CONFIGS["gemma3_text"]
-    full = c.model_copy(update={"full_attention_every": 1})
+    full = c.model_copy(update={"sliding_window": None, "layer_types": None})
     saved = 12 * c.query_size * 2 * (100 - 6)  # two of three layers see 6 of 100 tokens
     assert full.flops_per_token(100) - c.flops_per_token(100) == saved
 

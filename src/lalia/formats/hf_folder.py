@@ -10,7 +10,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,9 @@ from torch import Tensor
 
 from lalia.errors import CorruptFile, UserError
 from lalia.files import write_json
+from lalia.formats.weights import assemble, disassemble, listed
 from lalia.model.config import ModelConfig
 from lalia.model.families import registry
-from lalia.model.families.family import Piece
 from lalia.model.transformer import Transformer
 from lalia.tokenizer.bpe import Tokenizer
 
@@ -34,12 +34,17 @@ CONFIG, WEIGHTS, INDEX, GENERATION = (
     "generation_config.json",
 )
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+MAX_SHARD_BYTES = 5_000_000_000
+"""Weights of more bytes are written as several files, as transformers does."""
 
 
 def save_model(
-    model: Transformer, folder: Path, generation: Mapping[str, Any] | None = None, dtype: torch.dtype = torch.float32
+    model: Transformer,
+    folder: Path,
+    generation: Mapping[str, Any] | None = None,
+    dtype: torch.dtype = torch.float32,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write config.json, model.safetensors and, with `generation`, generation_config.json.
 
@@ -51,18 +56,14 @@ def save_model(
         generation: content of generation_config.json: eos_token_id (an id or a list), bos_token_id, pad_token_id,
             temperature and so on. The three ids also go into config.json, null where not given.
         dtype: of the weights on disk: float32, bfloat16 or float16.
+        max_shard_bytes: above this the weights go into several files with an index; a larger tensor has a file of
+            its own.
 
     Raises:
         UserError: if the family's config.json cannot express the model's config.
     """
     values = registry.to_hf(model.config)
-    family = registry.FAMILIES[model.config.family]
-    tensors: dict[str, Tensor] = {}
-    for parameter, weight in model.named_parameters():
-        for piece in family.pieces(model.config, parameter, weight.shape[0]):
-            # A copy, because safetensors refuses tensors that share memory, as the pieces of one weight do.
-            tensors[piece.name] = weight.detach()[piece.start : piece.end].to("cpu", dtype, copy=True).contiguous()
-    _write_tensors(folder / WEIGHTS, tensors)
+    _write_weights(model, folder, dtype, max_shard_bytes)
     generation = dict(generation or {})
     if generation:
         write_json(folder / GENERATION, generation)
@@ -71,12 +72,39 @@ def save_model(
     write_json(folder / CONFIG, {**values, **ids, "dtype": DTYPES[dtype], "torch_dtype": DTYPES[dtype]})
 
 
-def load_model(folder: Path, dtype: torch.dtype = torch.float32, trainable: bool = False) -> Transformer:
+def _write_weights(model: Transformer, folder: Path, dtype: torch.dtype, max_shard_bytes: int) -> None:
+    shards: list[list[tuple[str, Tensor]]] = [[]]
+    size = total = 0
+    for name, part in disassemble(model):
+        num_bytes = part.numel() * dtype.itemsize
+        if shards[-1] and size + num_bytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append((name, part))
+        size, total = size + num_bytes, total + num_bytes
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    names = [WEIGHTS] if len(shards) == 1 else names
+    stale = {*folder.glob("model-*-of-*.safetensors"), folder / WEIGHTS, folder / INDEX}
+    for file, shard in zip(names, shards, strict=True):
+        # Copies, because safetensors refuses tensors that share memory, as the pieces of one weight do.
+        _write_tensors(folder / file, {name: part.to("cpu", dtype, copy=True).contiguous() for name, part in shard})
+    if len(shards) > 1:
+        weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name, _ in shard}
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    # Those of an earlier model in this folder, which a reader might take instead.
+    for path in stale - {folder / name for name in (*names, *([INDEX] if len(shards) > 1 else []))}:
+        path.unlink(missing_ok=True)
+
+
+def load_model(
+    folder: Path, dtype: torch.dtype = torch.float32, trainable: bool = False, part: str | None = None
+) -> Transformer:
     """The model of a folder, in eval mode, computing in `dtype`.
 
     Args:
         dtype: of the weights in memory, whatever the file has, and of the activations (`compute_dtype`).
         trainable: whether the weights require gradients.
+        part: "text" or "vision", the tower of a whole CLIP model.
 
     Raises:
         UserError: if there is no such folder, config.json or model.safetensors, if the model is of a kind that is not
@@ -84,37 +112,9 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32, trainable: bool
         CorruptFile: if a file is cut short or does not parse, or if weights are missing, left over or of another
             shape than config.json says. The message lists them.
     """
-    config = read_config(folder)
-    with torch.device("meta"):  # no memory and no initialisation: every weight is replaced below
-        model = Transformer(config)
-    family = registry.FAMILIES[config.family]
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    pieces = {name: family.pieces(config, name, shape[0]) for name, shape in shapes.items()}
-    with contextlib.ExitStack() as stack:
-        files = [_open(path, stack) for path in _weight_paths(folder)]
-        stored = {name: file for file in files for name in list(file.keys())}
-        _check_tensors(folder, stored, shapes, pieces)
-        state: dict[str, Tensor] = {}
-        for name, shape in shapes.items():
-            state[name] = torch.empty(shape, dtype=dtype)
-            for piece in pieces[name]:
-                state[name][piece.start : piece.end] = stored[piece.name].get_tensor(piece.name)
-        if "lm_head.weight" in stored and config.tie_word_embeddings:
-            head = stored["lm_head.weight"].get_tensor("lm_head.weight").to(dtype)
-            if not torch.equal(head, state["embedding.weight"]):
-                raise CorruptFile(
-                    f"{folder}: tie_word_embeddings = true in {CONFIG}, but lm_head.weight differs from the embedding; "
-                    "set it to false if the head is a weight of its own"
-                )
-    bad = [pieces[name][0].name for name, weight in state.items() if not bool(torch.isfinite(weight).all())]
-    if bad:
-        raise UserError(
-            f"{folder}: NaN or infinity in {_listed(bad)} (read as {DTYPES[dtype]}); the training run diverged or the "
-            "dtype is too narrow: use an earlier checkpoint or a wider dtype"
-        )
-    model.load_state_dict(state, assign=True)
-    model.compute_dtype = dtype
-    return model.requires_grad_(trainable).eval()
+    config = read_config(folder, part)
+    with SafetensorFiles(folder) as source:
+        return assemble(config, source, dtype, trainable)
 
 
 def load_folder(
@@ -136,8 +136,8 @@ def load_folder(
     return load_model(folder, dtype, trainable), tokenizer
 
 
-def read_config(folder: Path) -> ModelConfig:
-    """The config of a model folder, without reading weights.
+def read_config(folder: Path, part: str | None = None) -> ModelConfig:
+    """The config of a model folder, without reading weights; `part` as for `load_model`.
 
     Raises:
         UserError: if there is no such folder or config.json (names near it are offered), or the model is of a kind
@@ -152,7 +152,7 @@ def read_config(folder: Path) -> ModelConfig:
         raise UserError(f"{folder} has no {CONFIG}; {hint}")
     values = _read_object(path)
     try:
-        return registry.from_hf(values)
+        return registry.from_hf(values, part)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
@@ -194,70 +194,66 @@ def _weight_paths(folder: Path) -> list[Path]:
         names = sorted({str(name) for name in weight_map.values()})
         outside = [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]
         if outside:
-            raise UserError(f"{folder / INDEX} names {_listed(outside)}; expected .safetensors files beside it")
+            raise UserError(f"{folder / INDEX} names {listed(outside)}; expected .safetensors files beside it")
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
-            raise CorruptFile(f"{folder} lacks {_listed(missing)}, which {INDEX} names; copy the model folder again")
+            raise CorruptFile(f"{folder} lacks {listed(missing)}, which {INDEX} names; copy the model folder again")
         return [folder / name for name in names]
     pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
     if pickles:
         raise UserError(
-            f"{folder} has its weights only as {_listed(pickles)}, a pickle, which can run code when read; convert it "
+            f"{folder} has its weights only as {listed(pickles)}, a pickle, which can run code when read; convert it "
             f"where you trust it (transformers: save_pretrained writes {WEIGHTS}), or get the safetensors version"
         )
     raise UserError(f"{folder} has neither {WEIGHTS} nor {INDEX}; the download or the training run did not finish")
 
 
+class SafetensorFiles:
+    """The weights of a folder as a `lalia.formats.weights.TensorSource`; tensors are views of the mapped files."""
+
+    def __init__(self, folder: Path) -> None:
+        self.where = str(folder)
+        self._stack = contextlib.ExitStack()
+        self._files: dict[str, Any] = {}
+        with self._stack:
+            for path in _weight_paths(folder):
+                file = _open(path, self._stack)
+                for name in file.keys():  # noqa: SIM118 - not a dict
+                    if name in self._files:
+                        raise CorruptFile(f"{folder}: {name} is in two files; copy the model folder again")
+                    self._files[name] = file
+            self._stack = self._stack.pop_all()
+
+    def __enter__(self) -> "SafetensorFiles":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def names(self) -> list[str]:
+        """Names of all tensors."""
+        return list(self._files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+        return tuple(self._files[name].get_slice(name).get_shape())
+
+    def kind(self, name: str) -> str:
+        """Type on disk, such as F32."""
+        return self._files[name].get_slice(name).get_dtype()
+
+    def tensor(self, name: str) -> Tensor:
+        """A view of the mapped file."""
+        return self._files[name].get_tensor(name)
+
+
 def _open(path: Path, stack: contextlib.ExitStack) -> Any:
-    """The open safetensors file; its tensors are views of the mapped file."""
     try:
         return stack.enter_context(safe_open(path, framework="pt"))
     except (SafetensorError, OSError, ValueError) as error:  # an empty file cannot be mapped
         raise CorruptFile(
             f"{path} ({path.stat().st_size} bytes) is cut short or no safetensors file ({error}); copy or make it again"
         ) from None
-
-
-def _check_tensors(
-    folder: Path, stored: dict[str, Any], shapes: dict[str, tuple[int, ...]], pieces: dict[str, list[Piece]]
-) -> None:
-    """Hold names, shapes and types of the stored tensors against those the config asks for; all problems at once."""
-    expected = {
-        piece.name: (piece.end - piece.start, *shape[1:]) for name, shape in shapes.items() for piece in pieces[name]
-    }
-    missing = [name for name in expected if name not in stored]
-    # A tied head may be stored twice; old Llama files carry rotary frequencies.
-    extra = [name for name in stored if name not in expected and not _redundant(name, "head.weight" in shapes)]
-    wrong = []
-    for name in expected.keys() & stored.keys():
-        tensor = stored[name].get_slice(name)
-        shape, kind = tuple(tensor.get_shape()), tensor.get_dtype()
-        if shape != expected[name]:
-            wrong.append(f"{name} has shape {list(shape)}, expected {list(expected[name])}")
-        elif kind not in FLOAT_DTYPES:
-            wrong.append(f"{name} is {kind}, expected one of {', '.join(FLOAT_DTYPES)}")
-    problems = [
-        f"{what} {_listed(names)}"
-        for what, names in (
-            ("missing weights:", missing),
-            ("unknown weights:", extra),
-            ("wrong weights:", sorted(wrong)),
-        )
-        if names
-    ]
-    if problems:
-        raise CorruptFile(
-            f"{folder}: weights and {CONFIG} disagree; {'; '.join(problems)}. Take both from the same model"
-        )
-
-
-def _redundant(name: str, untied: bool) -> bool:
-    return name.endswith(".rotary_emb.inv_freq") or (name == "lm_head.weight" and not untied)
-
-
-def _listed(names: Iterable[str]) -> str:
-    names = list(names)
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -17,10 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lalia.errors import UserError
+from lalia.model.attention import attend as attend_plainly
 from lalia.model.cache import KVCache
-from lalia.model.config import ModelConfig
-from lalia.model.functions import rotary_table
-from lalia.model.transformer import Block, RMSNorm, Transformer
+from lalia.model.config import ModelConfig, RopeScaling
+from lalia.model.experts import Linear as ModelLinear
+from lalia.model.experts import MixtureOfExperts, choose_experts, elementwise
+from lalia.model.rotary import rotary_table
+from lalia.model.transformer import Block, Norm, Transformer
+
+Rope = tuple[float, RopeScaling | None]
 
 COPY_LIMIT_BYTES = 1 << 30
 """Models with more bytes of weights than this are not copied into other layouts: memory matters more there."""
@@ -41,9 +47,16 @@ class Decoder:
     """
 
     def __init__(self, model: Transformer) -> None:
-        self.model, self.config = model, model.config
+        """Raises UserError for a model that cannot generate, such as an encoder."""
+        c = model.config
+        if not c.causal or c.head != "language_model" or c.norm_order == "post":
+            raise UserError(
+                f"a model of family {c.family!r} with head {c.head!r} does not generate text; use a causal language "
+                "model, or this one for embeddings"
+            )
+        self.model, self.config = model, c
         self._versions: list[tuple[int, int]] = []
-        self._rotary: dict[float, tuple[Tensor, Tensor]] = {}
+        self._rotary: dict[Rope, tuple[Tensor, Tensor]] = {}
         self.refresh()
 
     def refresh(self) -> bool:
@@ -62,12 +75,14 @@ class Decoder:
         copy = self.weight_bytes <= COPY_LIMIT_BYTES
         with torch.inference_mode():
             self.embedding = model.embedding.weight.detach().to(dtype)
+            learned = c.positions == "learned"
+            self.position_embedding = model.position_embedding.weight.detach().to(dtype) if learned else None
+            self.embedding_norm = _norm(model.embedding_norm, c.hidden_size, c, dtype, self.device)
             self.layers = [
                 _Layer(cast(Block, block), number, c, dtype, copy) for number, block in enumerate(model.layers)
             ]
-            weight = _norm_weight(model.norm, self.embedding, c.hidden_size)
-            self.norm = _Norm(weight, c.rms_norm_eps, dtype)
-            self.head = Linear(model.head_weight, dtype, copy)
+            self.norm = _norm(model.norm, c.hidden_size, c, dtype, self.device)
+            self.head = Linear(model.head_weight, model.head_bias, dtype, copy)
         return True
 
     @torch.inference_mode()
@@ -88,42 +103,47 @@ class Decoder:
         x = F.embedding(tokens.view(-1), self.embedding)  # (rows, hidden)
         if c.embedding_multiplier != 1.0:
             x.mul_(torch.tensor(c.embedding_multiplier, dtype=x.dtype))
-        if c.embedding_norm:
-            x = F.rms_norm(x, x.shape[-1:], None, c.rms_norm_eps)
+        if self.position_embedding is not None:
+            x.add_(self.position_embedding[context.rows_positions()])
+        if self.embedding_norm is not None:
+            x = self.embedding_norm(x)
         for layer in self.layers:
             layer(x, context)
         for i, start in enumerate(context.starts):
             cache.lengths[cache.first + i] = start + seq
-        return self.norm(x)
+        return x if self.norm is None else self.norm(x)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores over the vocabulary, (rows, hidden_size) -> (rows, vocab_size), float32."""
-        logits = self.head(hidden)
+        logits = self.head(self.model.before_head(hidden))
+        if self.config.output_multiplier != 1.0:
+            logits.mul_(self.config.output_multiplier)
         if cap := self.config.logit_softcap:
             logits.div_(cap).tanh_().mul_(cap)
         return logits.float()
 
-    def rotary(self, theta: float, length: int) -> tuple[Tensor, Tensor]:
-        """cos and signed sin of the positions 0 .. at least length - 1, (positions, head_dim) each."""
-        tables = self._rotary.get(theta)
+    def rotary(self, rope: Rope, layer: int, length: int) -> tuple[Tensor, Tensor]:
+        """cos and signed sin of the positions 0 .. at least length - 1, (positions, rotary_size) each."""
+        tables = self._rotary.get(rope)
         if tables is None or tables[0].shape[0] < length or tables[0].dtype != self.dtype:
             positions = torch.arange(min(2 * length, max(length, self.config.max_position_embeddings)))
-            cos, sin = rotary_table(positions.to(self.device), self.config.head_dim, theta, self.config.rope_direction)
-            tables = self._rotary[theta] = (cos.to(self.dtype), sin.to(self.dtype))
+            cos, sin = rotary_table(positions.to(self.device), self.config, layer)
+            tables = self._rotary[rope] = (cos.to(self.dtype), sin.to(self.dtype))
         return tables
 
 
 class Linear:
-    """x W^T from copies of W in two layouts, if there are to be copies.
+    """x W^T + b from copies of W in two layouts, if there are to be copies.
 
     For one row the product is read column by column (x is a row, W^T has contiguous rows) where W is not narrow:
     MKL's product with W as it lies takes up to three times as long. For more rows it is oneDNN's, from blocks packed
     for it, up to twice as fast as MKL's.
     """
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype, copy: bool) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, copy: bool) -> None:
         weight = weight.detach().to(dtype)
+        self.bias = None if bias is None else bias.detach().to(dtype)
         copy = copy and weight.device.type == "cpu" and dtype == torch.float32
         wide = weight.shape[0] >= weight.shape[1]
         self.columns = weight.t().contiguous() if copy and wide else weight.t()  # (in, out)
@@ -133,8 +153,8 @@ class Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.packed is None or x.shape[0] == 1:
-            return torch.mm(x, self.columns)
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
+            return torch.mm(x, self.columns) if self.bias is None else torch.addmm(self.bias, x, self.columns)
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 
 class _Norm:
@@ -159,46 +179,74 @@ class _Norm:
         return length if x.dtype == torch.float32 else length.to(x.dtype)
 
 
-def _norm_weight(norm: RMSNorm, like: Tensor, size: int) -> Tensor:
-    """The factor of a norm in float32, whatever the config's way to write it."""
+class _LayerNorm:
+    """LayerNorm over the last dimension."""
+
+    def __init__(self, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> None:
+        self.weight, self.bias, self.eps = weight.detach().to(dtype), bias.detach().to(dtype), eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+
+    def in_place(self, x: Tensor) -> None:
+        x.copy_(self(x))
+
+
+def _norm(
+    norm: Norm | None, size: int, c: ModelConfig, dtype: torch.dtype, device: torch.device
+) -> _Norm | _LayerNorm | None:
+    if norm is None:
+        return None
+    if norm.kind == "layer" and norm.weight is not None and norm.bias is not None:
+        return _LayerNorm(norm.weight, norm.bias, c.norm_eps, dtype)
+    return _Norm(_norm_weight(norm, device, size), c.norm_eps, dtype)
+
+
+def _norm_weight(norm: Norm, device: torch.device, size: int) -> Tensor:
+    """The factor of an RMSNorm in float32, whatever the config's way to write it."""
     if norm.weight is None:
-        return torch.ones(size, device=like.device)
+        return torch.ones(size, device=device)
     return norm.weight.detach().float() + float(norm.offset)
 
 
 class _Layer:
-    """One block: x += attention(norm(x)); x += feed_forward(norm(x)), in place."""
+    """One block (see `lalia.model.transformer.Block`), changing the residual stream in place."""
 
     def __init__(self, block: Block, number: int, c: ModelConfig, dtype: torch.dtype, copy: bool) -> None:
-        attention, like = block.attention, block.attention.qkv.weight
+        attention, device = block.attention, block.attention.qkv.weight.device
+        sandwich, self.parallel = c.norm_order == "sandwich", c.norm_order == "parallel"
 
-        def norm(module: RMSNorm) -> _Norm:
-            return _Norm(_norm_weight(module, like, c.hidden_size), c.rms_norm_eps, dtype)
+        def norm(module: Norm | None) -> _Norm | _LayerNorm | None:
+            return _norm(module, c.hidden_size, c, dtype, device)
+
+        def linear(module: ModelLinear) -> Linear:
+            return Linear(module.weight, module.bias, dtype, copy)
 
         self.number, self.config, self.window = number, c, c.window_of_layer(number)
-        local = self.window is not None and c.rope_theta_local is not None
-        self.rope_theta: float = c.rope_theta_local if local and c.rope_theta_local else c.rope_theta
+        self.rope = c.rope_of_layer(number)
         self.scale: float = attention.scale
-        self.attention_norm, self.feed_forward_norm = norm(block.attention_norm), norm(block.feed_forward_norm)
-        self.qkv = Linear(attention.qkv.weight, dtype, copy)
-        self.output = Linear(attention.output.weight, dtype, copy)
-        self.up = Linear(block.feed_forward.up.weight, dtype, copy)
-        self.down = Linear(block.feed_forward.down.weight, dtype, copy)
-        self.activation = _activation(c)
+        self.attention_norm = cast(_Norm, norm(block.attention_norm))
+        self.feed_forward_norm = None if self.parallel else norm(block.feed_forward_norm)
+        self.qkv, self.output = linear(attention.qkv), linear(attention.output)
+        if isinstance(block.feed_forward, MixtureOfExperts):
+            self.feed: Callable[[Tensor], Tensor] = _Experts(block.feed_forward, c, dtype, copy)
+        else:
+            self.feed = _Feed(linear(block.feed_forward.up), linear(block.feed_forward.down), _activation(c))
         self.qk_norm: _Norm | None = None
         if c.qk_norm != "none":  # one norm over the heads of queries and keys together
-            query = _norm_weight(attention.query_norm, like, c.head_dim).expand(c.num_attention_heads, -1)
-            key = _norm_weight(attention.key_norm, like, c.head_dim).expand(c.num_key_value_heads, -1)
-            self.qk_norm = _Norm(torch.cat((query, key)), c.rms_norm_eps, dtype)
-        self.post_attention_norm = norm(block.post_attention_norm) if c.norm_order == "sandwich" else None
-        self.post_feed_forward_norm = norm(block.post_feed_forward_norm) if c.norm_order == "sandwich" else None
+            query = _norm_weight(attention.query_norm, device, c.head_dim).expand(c.num_attention_heads, -1)
+            key = _norm_weight(attention.key_norm, device, c.head_dim).expand(c.num_key_value_heads, -1)
+            self.qk_norm = _Norm(torch.cat((query, key)), c.norm_eps, dtype)
+        self.post_attention_norm = norm(block.post_attention_norm) if sandwich else None
+        self.post_feed_forward_norm = norm(block.post_feed_forward_norm) if sandwich else None
 
     def __call__(self, x: Tensor, context: "_Context") -> None:  # x (rows, hidden)
-        attended = self.output(self._attend(self.attention_norm(x), context))
+        normed = self.attention_norm(x)
+        attended = self.output(self._attend(normed, context))
         if self.post_attention_norm is not None:
             self.post_attention_norm.in_place(attended)
         x.add_(attended)
-        fed = self.down(self.activation(self.up(self.feed_forward_norm(x))))
+        fed = self.feed(normed if self.feed_forward_norm is None else self.feed_forward_norm(x))
         if self.post_feed_forward_norm is not None:
             self.post_feed_forward_norm.in_place(fed)
         x.add_(fed)
@@ -211,9 +259,12 @@ class _Layer:
         rotated = qkv.narrow(1, 0, heads + kv_heads)  # queries and keys
         if self.qk_norm is not None and c.qk_norm == "before_rope":
             self.qk_norm.in_place(rotated)
-        cos, sin = context.rotary(self.rope_theta)
-        swapped = rotated.roll(head_dim // 2, -1)
-        rotated.mul_(cos).addcmul_(swapped, sin)
+        if c.positions == "rope":
+            cos, sin = context.rotary(self.rope, self.number)
+            size = c.rotary_size
+            turned = rotated if size == head_dim else rotated.narrow(2, 0, size)
+            swapped = turned.roll(size // 2, -1)
+            turned.mul_(cos).addcmul_(swapped, sin)
         if self.qk_norm is not None and c.qk_norm == "after_rope":
             self.qk_norm.in_place(rotated)
         query, kv = qkv.split((heads, 2 * kv_heads), 1)
@@ -221,20 +272,48 @@ class _Layer:
         return context.attend(query, keys, values, self.window, self.scale)
 
 
+class _Feed:
+    """down(activation(up(x)))"""
+
+    def __init__(self, up: Linear, down: Linear, activation: Callable[[Tensor], Tensor]) -> None:
+        self.up, self.down, self.activation = up, down, activation
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.down(self.activation(self.up(x)))
+
+
+class _Experts:
+    """Each row through the experts its router chooses; only those are read."""
+
+    def __init__(self, module: MixtureOfExperts, c: ModelConfig, dtype: torch.dtype, copy: bool) -> None:
+        self.router = module.router.detach().float()
+        self.num_chosen, self.normalize = module.num_chosen, module.normalize
+        activation = _activation(c)
+        self.experts = [
+            _Feed(Linear(up, None, dtype, copy), Linear(down, None, dtype, copy), activation)
+            for up, down in zip(module.up, module.down, strict=True)
+        ]
+
+    def __call__(self, x: Tensor) -> Tensor:  # x (rows, hidden)
+        weights, chosen = choose_experts(F.linear(x.float(), self.router), self.num_chosen, self.normalize)
+        weights, out = weights.to(x.dtype), torch.zeros_like(x)
+        for expert in chosen.unique().tolist():
+            row, rank = (chosen == expert).nonzero(as_tuple=True)
+            out.index_add_(0, row, self.experts[expert](x[row]).mul_(weights[row, rank, None]))
+        return out
+
+
 def _activation(c: ModelConfig) -> Callable[[Tensor], Tensor]:
     """(rows, size or 2 * size if gated) -> (rows, size)"""
-    functions: dict[str, Callable[[Tensor], Tensor]] = {
-        "silu": F.silu,
-        "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-        "relu_squared": lambda x: torch.relu(x).square_(),
-    }
-    function = functions[c.activation]
+
+    def plain(x: Tensor) -> Tensor:
+        return elementwise(x, c.activation)
 
     def gated(x: Tensor) -> Tensor:
         gate, up = x.chunk(2, -1)
-        return function(gate).mul_(up)
+        return elementwise(gate, c.activation).mul_(up)
 
-    return gated if c.gated else function
+    return gated if c.gated else plain
 
 
 class _Context:
@@ -250,16 +329,20 @@ class _Context:
         if batch > 1:
             self.slots = torch.arange(self.first, self.first + batch, device=decoder.device)
             self.positions = torch.tensor(self.starts, device=decoder.device)  # (batch,)
-        self._rotary: dict[float, tuple[Tensor, Tensor]] = {}
+        self._rotary: dict[Rope, tuple[Tensor, Tensor]] = {}
         self._masks: dict[int | None, Tensor | None] = {}
 
-    def rotary(self, theta: float) -> tuple[Tensor, Tensor]:
-        """cos and signed sin, (rows, 1, head_dim) each."""
-        if theta not in self._rotary:
-            cos, sin = self.decoder.rotary(theta, self.end)
-            rows = self.positions if self.batch > 1 else slice(self.starts[0], self.end)
-            self._rotary[theta] = (cos[rows].unsqueeze(1), sin[rows].unsqueeze(1))
-        return self._rotary[theta]
+    def rows_positions(self) -> Tensor | slice:
+        """Position of each row."""
+        return self.positions if self.batch > 1 else slice(self.starts[0], self.end)
+
+    def rotary(self, rope: Rope, layer: int) -> tuple[Tensor, Tensor]:
+        """cos and signed sin, (rows, 1, rotary_size) each."""
+        if rope not in self._rotary:
+            cos, sin = self.decoder.rotary(rope, layer, self.end)
+            rows = self.rows_positions()
+            self._rotary[rope] = (cos[rows].unsqueeze(1), sin[rows].unsqueeze(1))
+        return self._rotary[rope]
 
     def write(self, layer: int, kv: Tensor) -> Tensor:
         """Put the keys and values (rows, 2 * key_value_heads, head_dim) of new tokens into the cache.
@@ -286,6 +369,8 @@ class _Context:
         """
         rows, heads, head_dim = query.shape
         kv_heads = keys.shape[1]
+        if self.decoder.config.attention_softcap:
+            return self._attend_softcapped(query, keys, values, window, scale)
         if self.seq > 1:
             keys, values = keys[:, :, : self.end], values[:, :, : self.end]
             out = F.scaled_dot_product_attention(
@@ -312,6 +397,22 @@ class _Context:
             pieces.append(F.scaled_dot_product_attention(q, k, v, scale=scale))
         out = pieces[0] if rows == 1 else torch.cat(pieces)
         return out.view(rows, heads * head_dim)
+
+    def _attend_softcapped(
+        self, query: Tensor, keys: Tensor, values: Tensor, window: int | None, scale: float
+    ) -> Tensor:
+        """`attend` without fused kernels, which know no soft-cap."""
+        rows = query.shape[0]
+        keys, values = keys[:, :, : self.end], values[:, :, : self.end]
+        if self.seq > 1:
+            query, mask = query.transpose(0, 1).unsqueeze(0), self._piece_mask(window)  # (1, heads, seq, head_dim)
+        else:
+            query = query.unsqueeze(2)  # (batch, heads, 1, head_dim)
+            positions = self.positions if self.batch > 1 else torch.tensor(self.starts, device=query.device)
+            mask = self._additive(positions, window)[:, None, None]
+        allowed = None if mask is None else mask == 0
+        out = attend_plainly(query, keys, values, scale, allowed, True, self.decoder.config.attention_softcap)
+        return out.transpose(1, 2).reshape(rows, -1)
 
     def _plain(self, window: int | None) -> bool:
         """Whether a piece of a sequence is its beginning and no window cuts it, so that is_causal says it all."""

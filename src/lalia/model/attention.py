@@ -12,28 +12,60 @@ NUM_BLOCKS = 4
 and four 3/8; more blocks mean smaller matrix products. benchmarks/kernels.py measures the trade."""
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None, causal: bool) -> Tensor:
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    mask: Tensor | None,
+    causal: bool = True,
+    softcap: float = 0.0,
+) -> Tensor:
     """softmax(query key^T * scale + mask) value.
 
     Args:
         query: (batch, heads, seq, head_dim)
         key, value: (batch, key_value_heads, keys, head_dim); each serves heads / key_value_heads consecutive heads.
         mask: None, or boolean (batch or 1, 1, seq, keys), True where attention is allowed.
-        causal: with no mask, attend to positions up to one's own (seq == keys).
+        causal: nothing attends to a later position; with no mask, to all up to its own (then seq == keys or seq == 1).
+        softcap: scores become softcap * tanh(scores / softcap) before the mask; 0 leaves them alone.
 
     Returns:
         (batch, heads, seq, head_dim)
     """
+    seq, num_keys = query.shape[2], key.shape[2]
+    if softcap:
+        return _attend_softcapped(query, key, value, scale, mask, causal, softcap)
     trains = torch.is_grad_enabled() and query.requires_grad
-    if trains and query.device.type == "cpu" and (causal or mask is not None) and query.shape[2] == key.shape[2]:
-        repeats = query.shape[1] // key.shape[1]
-        if repeats > 1:
-            key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    if trains and query.device.type == "cpu" and causal and seq == num_keys:
+        key, value = _repeated(query, key, value)
         return _BlockedAttention.apply(query, key, value, _additive(query, mask), scale)
     grouped = query.shape[1] != key.shape[1]
+    is_causal = causal and mask is None and seq > 1
     return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=causal and mask is None, scale=scale, enable_gqa=grouped
+        query, key, value, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=grouped
     )
+
+
+def _repeated(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """key and value with as many heads as the query."""
+    repeats = query.shape[1] // key.shape[1]
+    return (key, value) if repeats == 1 else (key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1))
+
+
+def _attend_softcapped(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None, causal: bool, softcap: float
+) -> Tensor:
+    """By plain products: the fused kernels know no soft-cap."""
+    key, value = _repeated(query, key, value)
+    scores = (query @ key.transpose(2, 3)) * scale
+    scores = torch.tanh(scores / softcap) * softcap
+    seq, num_keys = scores.shape[2:]
+    if mask is None and causal and seq > 1:
+        mask = torch.ones(seq, num_keys, dtype=torch.bool, device=query.device).tril_()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return torch.softmax(scores, -1, dtype=torch.float32).to(query.dtype) @ value
 
 
 def _additive(query: Tensor, mask: Tensor | None) -> Tensor:

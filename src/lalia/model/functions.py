@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x weight^T, with the weight cast to the activation's dtype.
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x weight^T + bias, with the weights cast to the activation's dtype.
 
     In float32 on a CPU the products of forward and of the input's gradient go to oneDNN, which PyTorch bundles and
     uses for bfloat16 but not for float32; there it calls MKL, which on AMD processors is a third slower
@@ -22,13 +22,18 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     Args:
         x: (..., in_features)
         weight: (out_features, in_features)
+        bias: (out_features,)
 
     Returns:
         (..., out_features)
     """
+    bias = None if bias is None else bias.to(x.dtype)
     if x.dtype == torch.float32 and weight.dtype == torch.float32 and _use_onednn(x):
-        return _Linear.apply(x, weight) if torch.is_grad_enabled() else _onednn(x, weight)
-    return F.linear(x, weight.to(x.dtype))
+        if not torch.is_grad_enabled():
+            return _onednn(x, weight, bias)
+        y = _Linear.apply(x, weight)
+        return y if bias is None else y + bias
+    return F.linear(x, weight.to(x.dtype), bias)
 
 
 def _use_onednn(x: Tensor) -> bool:
@@ -39,8 +44,8 @@ def _use_onednn(x: Tensor) -> bool:
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def _onednn(x: Tensor, weight: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 class _Linear(torch.autograd.Function):
@@ -118,7 +123,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Args:
         x: (batch, seq, heads, head_dim), any strides.
-        cos, sin: (seq, head_dim) or (batch, seq, head_dim), the sine with its first half negated (see `rotary_table`).
+        cos, sin: (seq, size) or (batch, seq, size), the sine with its first half negated (`lalia.model.rotary`). Of
+            each head the first `size` dimensions turn, the others stay.
 
     Returns:
         (batch, heads, seq, head_dim), contiguous.
@@ -130,11 +136,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # x (batch, heads, seq, head_dim)
     cos, sin = _over_heads(cos), _over_heads(sin)
-    half = x.shape[-1] // 2
+    size = cos.shape[-1]
+    half = size // 2
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    torch.mul(x, cos, out=out)
-    out[..., :half].addcmul_(x[..., half:], sin[..., :half])
-    out[..., half:].addcmul_(x[..., :half], sin[..., half:])
+    if size < x.shape[-1]:
+        out[..., size:] = x[..., size:]
+    turned, x = out[..., :size], x[..., :size]
+    torch.mul(x, cos, out=turned)
+    turned[..., :half].addcmul_(x[..., half:], sin[..., :half])
+    turned[..., half:].addcmul_(x[..., :half], sin[..., half:])
     return out
 
 
@@ -152,22 +162,6 @@ class _Rotate(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         cos, sin = ctx.saved_tensors
         return _rotate(grad, cos, -sin).transpose(1, 2), None, None
-
-
-def rotary_table(positions: Tensor, head_dim: int, theta: float, direction: int = 1) -> tuple[Tensor, Tensor]:
-    """cos and signed sin for `rotate`: angle = position * theta ** (-2 i / head_dim), computed in float32.
-
-    Args:
-        positions: (..., seq) integer positions.
-
-    Returns:
-        cos, sin: (..., seq, head_dim) float32; sin's first half carries the minus of the rotation.
-    """
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.int64, device=positions.device).float() / head_dim
-    frequency = 1.0 / (theta**exponent)  # (head_dim / 2,)
-    angle = positions.float().unsqueeze(-1) * frequency  # (..., seq, head_dim / 2)
-    cos, sin = angle.cos(), angle.sin() * direction
-    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:

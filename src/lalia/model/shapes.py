@@ -66,7 +66,7 @@ class ArchitectureConfig(Settings):
 
 
 _SWITCHES: dict[str, Any] = {
-    "llama": lambda hidden: {"rms_norm_eps": 1e-5},
+    "llama": lambda hidden: {"norm_eps": 1e-5},
     "qwen3": lambda hidden: {"qk_norm": "before_rope"},
     "gemma3_text": lambda hidden: {
         "qk_norm": "before_rope",

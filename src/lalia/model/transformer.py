@@ -1,4 +1,4 @@
-"""The transformer: token embedding, layers of attention and feed-forward, final norm, head."""
+"""The transformer: embedding, layers of attention and feed-forward, final norm, heads."""
 
 from typing import cast
 
@@ -8,31 +8,27 @@ from torch import Tensor, nn
 
 from lalia.model.attention import attend
 from lalia.model.cache import KVCache
-from lalia.model.config import ModelConfig
-from lalia.model.functions import linear, relu_squared, rms_norm, rotary_table, rotate, swiglu
+from lalia.model.config import ModelConfig, RopeScaling
+from lalia.model.experts import FeedForward, Linear, MixtureOfExperts, elementwise
+from lalia.model.functions import linear, rms_norm, rotate
+from lalia.model.rotary import rotary_table
 
 
-class Linear(nn.Module):
-    """y = x W^T, with the weight cast to the activation's dtype, so that the activation alone decides the precision."""
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_features, in_features))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight)
-
-
-class RMSNorm(nn.Module):
-    """RMSNorm with the scale that the config asks for (w, 1 + w, or none)."""
+class Norm(nn.Module):
+    """RMSNorm with the scale that the config asks for (w, 1 + w, or none), or LayerNorm with weight and bias."""
 
     def __init__(self, size: int, config: ModelConfig) -> None:
         super().__init__()
-        self.eps, self.offset = config.rms_norm_eps, config.norm_weight == "offset"
-        self.weight = nn.Parameter(torch.empty(size)) if config.norm_weight != "none" else None
+        self.eps, self.offset, self.kind = config.norm_eps, config.norm_weight == "offset", config.norm
+        has_weight = config.norm_weight != "none"
+        self.weight = nn.Parameter(torch.empty(size)) if has_weight else None
+        self.bias = nn.Parameter(torch.empty(size)) if has_weight and config.norm == "layer" else None
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight
+        if self.kind == "layer":
+            weight, bias = (None if p is None else p.to(x.dtype) for p in (weight, self.bias))
+            return F.layer_norm(x, x.shape[-1:], weight, bias, self.eps)
         if self.offset and weight is not None:
             weight = weight + 1.0
         return rms_norm(x, weight, self.eps)
@@ -44,11 +40,11 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.config, self.layer = config, layer
-        self.qkv = Linear(config.hidden_size, config.query_size + 2 * config.key_value_size)
-        self.output = Linear(config.query_size, config.hidden_size)
+        self.qkv = Linear(config.hidden_size, config.query_size + 2 * config.key_value_size, config.qkv_bias)
+        self.output = Linear(config.query_size, config.hidden_size, config.attention_output_bias)
         if config.qk_norm != "none":
-            self.query_norm = RMSNorm(config.head_dim, config)
-            self.key_norm = RMSNorm(config.head_dim, config)
+            self.query_norm = Norm(config.head_dim, config)
+            self.key_norm = Norm(config.head_dim, config)
         self.scale = config.attention_scale or config.head_dim**-0.5
 
     def forward(self, x: Tensor, context: "Context") -> Tensor:  # x (batch, seq, hidden)
@@ -57,83 +53,105 @@ class Attention(nn.Module):
         heads, kv_heads = c.num_attention_heads, c.num_key_value_heads
         qkv = self.qkv(x).view(batch, seq, heads + 2 * kv_heads, c.head_dim)
         query, key, value = qkv.split((heads, kv_heads, kv_heads), 2)  # (batch, seq, heads, head_dim)
-        window = c.window_of_layer(self.layer)
-        cos, sin = context.rotary(window)
         if c.qk_norm == "before_rope":
             query, key = self.query_norm(query), self.key_norm(key)
-        query, key = rotate(query, cos, sin), rotate(key, cos, sin)  # (batch, heads, seq, head_dim)
+        if c.positions == "rope":
+            cos, sin = context.rotary(self.layer)
+            query, key = rotate(query, cos, sin), rotate(key, cos, sin)  # (batch, heads, seq, head_dim)
+        else:
+            query, key = query.transpose(1, 2), key.transpose(1, 2)
         if c.qk_norm == "after_rope":
             query, key = self.query_norm(query), self.key_norm(key)
         value = value.transpose(1, 2)
         if context.cache is not None:
             key, value = context.cache.append(self.layer, key, value, context.positions, context.num_keys)
-        mask = context.mask(window)
-        attended = attend(query, key, value, self.scale, mask, causal=mask is None and seq > 1)
+        mask = context.mask(c.window_of_layer(self.layer))
+        attended = attend(query, key, value, self.scale, mask, c.causal, c.attention_softcap)
         return self.output(attended.transpose(1, 2).reshape(batch, seq, c.query_size))
 
 
-class FeedForward(nn.Module):
-    """Gated (SwiGLU, GeGLU) or plain (relu squared) feed-forward network."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.gated, self.activation = config.gated, config.activation
-        self.up = Linear(config.hidden_size, config.intermediate_size * (2 if config.gated else 1))
-        self.down = Linear(config.intermediate_size, config.hidden_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.up(x)  # gated: gate then up along the last dimension
-        if self.gated and self.activation == "silu":
-            return self.down(swiglu(x))
-        gate, up = x.chunk(2, -1) if self.gated else (x, None)
-        if self.activation == "relu_squared":
-            gate = relu_squared(gate)
-        elif self.activation == "gelu_tanh":
-            gate = F.gelu(gate, approximate="tanh")
-        else:
-            gate = F.silu(gate)
-        return self.down(gate if up is None else gate * up)
-
-
 class Block(nn.Module):
-    """One layer: x += attention(norm(x)); x += feed_forward(norm(x)), with norms after them too under "sandwich"."""
+    """One layer, x the residual stream, a the attention, f the feed-forward network, n norms:
+
+    pre       x += a(n1(x));      x += f(n2(x))
+    sandwich  x += n3(a(n1(x)));  x += n4(f(n2(x)))
+    post      x = n1(x + a(x));   x = n2(x + f(x))
+    parallel  x += a(n1(x)) + f(n1(x))
+    """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.sandwich = config.norm_order == "sandwich"
-        self.attention_norm = RMSNorm(config.hidden_size, config)
+        self.order = config.norm_order
+        self.attention_norm = Norm(config.hidden_size, config)
         self.attention = Attention(config, layer)
-        self.feed_forward_norm = RMSNorm(config.hidden_size, config)
-        self.feed_forward = FeedForward(config)
-        if self.sandwich:
-            self.post_attention_norm = RMSNorm(config.hidden_size, config)
-            self.post_feed_forward_norm = RMSNorm(config.hidden_size, config)
+        if self.order != "parallel":
+            self.feed_forward_norm = Norm(config.hidden_size, config)
+        self.feed_forward = MixtureOfExperts(config) if config.experts_of_layer(layer) else FeedForward(config)
+        if self.order == "sandwich":
+            self.post_attention_norm = Norm(config.hidden_size, config)
+            self.post_feed_forward_norm = Norm(config.hidden_size, config)
 
     def forward(self, x: Tensor, context: "Context") -> Tensor:
-        attended = self.attention(self.attention_norm(x), context)
-        x = x + (self.post_attention_norm(attended) if self.sandwich else attended)
-        fed = self.feed_forward(self.feed_forward_norm(x))
-        return x + (self.post_feed_forward_norm(fed) if self.sandwich else fed)
+        if self.order == "post":
+            x = self.attention_norm(x + self.attention(x, context))
+            return self.feed_forward_norm(x + self._feed(x, context))
+        normed = self.attention_norm(x)
+        attended = self.attention(normed, context)
+        if self.order == "parallel":
+            return x + attended + self._feed(normed, context)
+        x = x + (self.post_attention_norm(attended) if self.order == "sandwich" else attended)
+        fed = self._feed(self.feed_forward_norm(x), context)
+        return x + (self.post_feed_forward_norm(fed) if self.order == "sandwich" else fed)
+
+    def _feed(self, x: Tensor, context: "Context") -> Tensor:
+        if isinstance(self.feed_forward, MixtureOfExperts):
+            return self.feed_forward(x, context.router_logits)
+        return self.feed_forward(x)
 
 
 class Transformer(nn.Module):
-    """Decoder-only transformer. `forward` gives the final hidden states, `logits` the scores over the vocabulary."""
+    """Decoder or encoder, of tokens or of image patches, as the config says.
+
+    `forward` gives the final hidden states; `logits` the scores over the vocabulary, `pooled` one vector per sequence,
+    `classify` the scores over the labels, `project` vectors in the space that the two towers of CLIP share.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        # nn.Embedding(...) would draw random weights, for whoever made the model to overwrite; on the meta device that
-        # costs seconds of imports.
-        self.embedding = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size), freeze=False)
-        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config)
-        self.head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
+        c = config
+        if c.image_size is None:
+            self.embedding = _embedding(c.vocab_size, c.hidden_size)
+        else:
+            assert c.patch_size is not None
+            self.patch_embedding = Linear(c.num_channels * c.patch_size**2, c.hidden_size)
+            self.class_embedding = nn.Parameter(torch.empty(c.hidden_size))
+        if c.positions == "learned":
+            self.position_embedding = _embedding(c.max_position_embeddings, c.hidden_size)
+        if c.type_vocab_size:
+            self.type_embedding = _embedding(c.type_vocab_size, c.hidden_size)
+        self.embedding_norm = Norm(c.hidden_size, c) if c.embedding_norm else None
+        self.layers = nn.ModuleList(Block(c, layer) for layer in range(c.num_hidden_layers))
+        self.norm = None if c.norm_order == "post" else Norm(c.hidden_size, c)
+        self.pooler = None if c.pooler == "none" else Linear(c.hidden_size, c.hidden_size, bias=True)
+        self.head_transform = Linear(c.hidden_size, c.hidden_size, bias=True) if c.head_transform else None
+        self.head_norm = Norm(c.hidden_size, c) if c.head_transform else None
+        has_head = c.head == "language_model"
+        self.head = Linear(c.hidden_size, c.vocab_size) if has_head and not c.tie_word_embeddings else None
+        self.head_bias = nn.Parameter(torch.empty(c.vocab_size)) if has_head and c.head_bias else None
+        self.classifier = Linear(c.hidden_size, len(c.labels), bias=True) if c.head == "classifier" else None
+        self.projection = Linear(c.hidden_size, c.projection_size) if c.projection_size else None
         self.compute_dtype = torch.float32
         """dtype of the activations; weights stay as they are and are cast where they are used."""
 
     @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
     def head_weight(self) -> Tensor:
         """(vocab_size, hidden_size)"""
+        assert self.config.head == "language_model", "this model has no language-model head"
         return self.embedding.weight if self.head is None else self.head.weight
 
     def forward(
@@ -142,38 +160,91 @@ class Transformer(nn.Module):
         positions: Tensor | None = None,
         document_ids: Tensor | None = None,
         cache: KVCache | None = None,
+        token_types: Tensor | None = None,
+        router_logits: list[Tensor] | None = None,
     ) -> Tensor:
         """Final hidden states.
 
         Args:
-            tokens: (batch, seq) token ids.
+            tokens: (batch, seq) token ids; for a model of images, (batch, channels, image_size, image_size) pixels.
             positions: (batch, seq) or (seq,) positions; default 0, 1, 2, ... Not with a cache, which has its own.
             document_ids: (batch, seq); a token attends only to tokens of its own document. None means one document.
+                Padding is a document of its own.
             cache: computed keys and values to attend to; the new ones are appended, lengths are not advanced.
+            token_types: (batch, seq) segment of each token, for models with `type_vocab_size`; default 0.
+            router_logits: receives the logits (batch * seq, num_experts) of every layer that has experts.
 
         Returns:
-            (batch, seq, hidden_size)
+            (batch, seq, hidden_size); for images seq is the class token and then the patches, row by row.
         """
         c = self.config
-        context = Context(c, tokens, positions, document_ids, cache, self.compute_dtype)
-        x = self.embedding(tokens).to(self.compute_dtype)  # (batch, seq, hidden)
-        if c.embedding_multiplier != 1.0:
-            x = x * torch.tensor(c.embedding_multiplier, dtype=x.dtype)
-        if c.embedding_norm:
-            x = rms_norm(x, None, c.rms_norm_eps)
+        x = self._embed_tokens(tokens) if c.image_size is None else self._embed_image(tokens)  # (batch, seq, hidden)
+        context = Context(c, x, positions, document_ids, cache, router_logits)
+        if c.positions == "learned":
+            x = x + self.position_embedding(context.positions).to(x.dtype)
+        if c.type_vocab_size:
+            types = torch.zeros_like(tokens) if token_types is None else token_types
+            x = x + self.type_embedding(types).to(x.dtype)
+        if self.embedding_norm is not None:
+            x = self.embedding_norm(x)
         for layer in self.layers:
             x = layer(x, context)
-        return self.norm(x)
+        return x if self.norm is None else self.norm(x)
+
+    def _embed_tokens(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens).to(self.compute_dtype)
+        if self.config.embedding_multiplier != 1.0:
+            # The factor is rounded to the activation's dtype, as Gemma was trained.
+            x = x * torch.tensor(self.config.embedding_multiplier, dtype=x.dtype)
+        return x
+
+    def _embed_image(self, pixels: Tensor) -> Tensor:
+        patch = self.config.patch_size or 0
+        cut = F.unfold(pixels.to(self.compute_dtype), patch, stride=patch)  # (batch, channels * patch^2, patches)
+        patches = self.patch_embedding(cut.transpose(1, 2))
+        first = self.class_embedding.to(patches.dtype).expand(patches.shape[0], 1, -1)
+        return torch.cat((first, patches), 1)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores over the vocabulary, soft-capped if the config says so: (..., hidden_size) -> (..., vocab_size)."""
-        logits = linear(hidden, self.head_weight)
-        cap = self.config.logit_softcap
-        return torch.tanh(logits / cap) * cap if cap else logits
+        c = self.config
+        logits = linear(self.before_head(hidden), self.head_weight, self.head_bias)
+        if c.output_multiplier != 1.0:
+            logits = logits * c.output_multiplier
+        return torch.tanh(logits / c.logit_softcap) * c.logit_softcap if c.logit_softcap else logits
+
+    def before_head(self, hidden: Tensor) -> Tensor:
+        """What the head's matrix multiplies: the hidden states, transformed first where the config says so."""
+        if self.head_transform is None or self.head_norm is None:
+            return hidden
+        return self.head_norm(elementwise(self.head_transform(hidden), self.config.activation))
+
+    def pooled(self, hidden: Tensor) -> Tensor:
+        """The first token's state, through the pooler if there is one: (batch, seq, hidden) -> (batch, hidden)."""
+        first = hidden[:, 0]
+        if self.pooler is None:
+            return first
+        return torch.tanh(self.pooler(first)) if self.config.pooler == "tanh" else torch.relu(self.pooler(first))
+
+    def classify(self, hidden: Tensor) -> Tensor:
+        """Scores over the labels: (batch, seq, hidden) -> (batch, labels)."""
+        assert self.classifier is not None, "this model has no classifier"
+        return self.classifier(self.pooled(hidden))
+
+    def project(self, states: Tensor) -> Tensor:
+        """(..., hidden_size) -> (..., projection_size)"""
+        assert self.projection is not None, "this model has no projection"
+        return self.projection(states)
 
     def num_parameters(self) -> int:
         """Number of distinct weights (a tied head counts once)."""
         return sum(p.numel() for p in self.parameters())
+
+
+def _embedding(count: int, size: int) -> nn.Embedding:
+    # nn.Embedding(...) would draw random weights, for whoever made the model to overwrite; on the meta device that
+    # costs seconds of imports.
+    return nn.Embedding.from_pretrained(torch.empty(count, size), freeze=False)
 
 
 class Context:
@@ -182,35 +253,36 @@ class Context:
     def __init__(
         self,
         config: ModelConfig,
-        tokens: Tensor,
+        x: Tensor,
         positions: Tensor | None,
         document_ids: Tensor | None,
         cache: KVCache | None,
-        dtype: torch.dtype,
+        router_logits: list[Tensor] | None,
     ) -> None:
-        batch, seq = tokens.shape
-        self.config, self.cache, self.dtype = config, cache, dtype
-        self.document_ids = document_ids
+        batch, seq = x.shape[:2]
+        self.config, self.cache, self.dtype = config, cache, x.dtype
+        self.document_ids, self.router_logits = document_ids, router_logits
         assert positions is None or cache is None, "a cache has its own positions"
+        assert cache is None or config.causal, "only a causal model can use a cache"
         if positions is None:
-            positions = torch.arange(seq, device=tokens.device) if cache is None else cache.positions(batch, seq)
+            positions = torch.arange(seq, device=x.device) if cache is None else cache.positions(batch, seq)
         self.positions = positions
         self.seq = seq
         self.num_keys = seq if cache is None else int(positions.max()) + 1
-        self._rotary: dict[float, tuple[Tensor, Tensor]] = {}
+        self._rotary: dict[tuple[float, RopeScaling | None], tuple[Tensor, Tensor]] = {}
         self._masks: dict[int | None, Tensor | None] = {}
 
-    def rotary(self, window: int | None) -> tuple[Tensor, Tensor]:
-        """cos and sin tables of a layer with this window."""
-        c = self.config
-        theta = c.rope_theta_local if window is not None and c.rope_theta_local is not None else c.rope_theta
-        if theta not in self._rotary:
-            cos, sin = rotary_table(self.positions, c.head_dim, theta, c.rope_direction)
-            self._rotary[theta] = (cos.to(self.dtype), sin.to(self.dtype))
-        return self._rotary[theta]
+    def rotary(self, layer: int) -> tuple[Tensor, Tensor]:
+        """cos and sin tables of a layer; layers with the same base share one."""
+        rope = self.config.rope_of_layer(layer)
+        if rope not in self._rotary:
+            cos, sin = rotary_table(self.positions, self.config, layer)
+            self._rotary[rope] = (cos.to(self.dtype), sin.to(self.dtype))
+        return self._rotary[rope]
 
     def mask(self, window: int | None) -> Tensor | None:
-        """Boolean mask (batch or 1, 1, seq, keys), True where allowed; None where plain causal attention is exact."""
+        """Boolean mask (batch or 1, 1, seq, keys), True where allowed; None where no mask is needed, or where plain
+        causal attention is exact."""
         if window is not None and window >= self.num_keys:
             window = None
         if window not in self._masks:
@@ -227,7 +299,10 @@ class Context:
             if query.shape[0] == 1 and window is None and (self.seq == 1 or self.num_keys == self.seq):
                 return None
         key = torch.arange(self.num_keys, device=query.device)
-        allowed = key <= query[..., None]  # (batch or 1, seq, keys)
+        if self.config.causal:
+            allowed = key <= query[..., None]  # (batch or 1, seq, keys)
+        else:
+            allowed = torch.ones(1, self.seq, self.num_keys, dtype=torch.bool, device=query.device)
         if window is not None:
             allowed &= key > query[..., None] - window
         if self.document_ids is not None:

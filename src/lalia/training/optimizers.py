@@ -84,6 +84,8 @@ class Muon(torch.optim.Optimizer):
             by_shape: dict[tuple[int, int], list[tuple[Tensor, Tensor, bool]]] = defaultdict(list)
             for p, update in zip(params, updates, strict=True):
                 heights = self.heights[p]
+                # Experts are stacked along a dimension of their own, which is rows too.
+                update, p = update.flatten(0, -2), p.flatten(0, -2)
                 for matrix, weight in zip(update.split(heights), p.split(heights), strict=True):
                     wide = matrix.shape[0] < matrix.shape[1]
                     tall = matrix.t() if wide else matrix
@@ -105,10 +107,12 @@ def matrix_heights(model: Transformer) -> list[tuple[nn.Parameter, tuple[int, ..
     stacked: Mapping[str, tuple[int, ...]] = {
         "attention.qkv.weight": (config.query_size, config.key_value_size, config.key_value_size),
         "feed_forward.up.weight": (config.intermediate_size,) * (2 if config.gated else 1),
+        "feed_forward.up": (config.expert_size or config.intermediate_size,) * (2 if config.gated else 1),
     }
     result = []
     for layer in model.layers:
         for name, parameter in layer.named_parameters():
-            if parameter.ndim == 2:
-                result.append((parameter, stacked.get(name, (parameter.shape[0],))))
+            if parameter.ndim >= 2:
+                heights = stacked.get(name, (parameter.shape[-2],))
+                result.append((parameter, heights * (parameter.shape[0] if parameter.ndim == 3 else 1)))
     return result

@@ -252,7 +252,7 @@ def make_optimizers(model: Transformer, settings: OptimizerConfig) -> list[torch
     matrices = matrix_heights(model)
     in_layers = {id(p) for p, _ in matrices}
     rest = [p for p in model.parameters() if id(p) not in in_layers]
-    head = [model.head_weight]
+    head = [model.head_weight if model.classifier is None else model.classifier.weight]
     groups = [
         {"params": head, "lr": settings.head_learning_rate},
         {"params": [p for p in rest if p.ndim == 2 and p is not head[0]], "lr": settings.embedding_learning_rate},
@@ -300,13 +300,17 @@ def initialize(model: Transformer, seed: int) -> None:
     bound = (3.0 / config.hidden_size) ** 0.5
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.ndim == 1:
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif parameter.ndim == 1:
                 nn.init.constant_(parameter, 0.0 if config.norm_weight == "offset" else 1.0)
+            elif name in ("position_embedding.weight", "type_embedding.weight"):
+                nn.init.normal_(parameter, std=0.02, generator=generator)
             elif name == "embedding.weight":
                 nn.init.normal_(parameter, std=embedding_std(config.tie_word_embeddings), generator=generator)
             elif name == "head.weight":
                 nn.init.normal_(parameter, std=0.001, generator=generator)
-            elif name.endswith(("attention.output.weight", "feed_forward.down.weight")):
+            elif name.endswith(("attention.output.weight", "feed_forward.down.weight", "feed_forward.down")):
                 nn.init.zeros_(parameter)
             else:
                 nn.init.uniform_(parameter, -bound, bound, generator=generator)

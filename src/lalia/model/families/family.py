@@ -2,9 +2,10 @@
 
 A family maps between `ModelConfig` and config.json, and between our fused weights and the separate ones of a model
 folder. The keys of config.json are those of transformers 4 and 5; both are read, and where they differ both are
-written.
+written (rotary positions: `lalia.model.families.rope`).
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -20,10 +21,23 @@ SIZE_KEYS = (
     "intermediate_size",
     "max_position_embeddings",
 )
-"""Positive integers that every config.json has."""
+"""Positive integers that every config.json of a language model has."""
 
-ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "relu2": "relu_squared"}
-"""Names of activations in config.json, and ours. Plain "gelu" is the erf form, which is not implemented."""
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+    "relu2": "relu_squared",
+}
+"""Names of activations in config.json, and ours."""
+
+MAX_MODULES = 10_000
+"""Largest number of layers or experts that is believed; the largest published models have hundreds."""
+
+FULL, SLIDING = "full_attention", "sliding_attention"
 
 COMMON_WEIGHTS: Mapping[str, tuple[str, ...]] = {
     "embedding.weight": ("model.embed_tokens.weight",),
@@ -40,20 +54,53 @@ COMMON_WEIGHTS: Mapping[str, tuple[str, ...]] = {
     "norm.weight": ("model.norm.weight",),
     "head.weight": ("lm_head.weight",),
 }
-"""Our weight -> the weights of the model folder whose rows it stacks; # is the layer's number. Llama's names."""
+"""Our weight -> the weights of the model folder whose rows it stacks; # is the layer's number, @ an expert's. Llama's
+names."""
 
+QKV_BIASES: Mapping[str, tuple[str, ...]] = {
+    "layers.#.attention.qkv.bias": (
+        "model.layers.#.self_attn.q_proj.bias",
+        "model.layers.#.self_attn.k_proj.bias",
+        "model.layers.#.self_attn.v_proj.bias",
+    ),
+}
+BIASES: Mapping[str, tuple[str, ...]] = {
+    **QKV_BIASES,
+    "layers.#.attention.output.bias": ("model.layers.#.self_attn.o_proj.bias",),
+    "layers.#.feed_forward.up.bias": ("model.layers.#.mlp.gate_proj.bias", "model.layers.#.mlp.up_proj.bias"),
+    "layers.#.feed_forward.down.bias": ("model.layers.#.mlp.down_proj.bias",),
+}
 QK_NORM_WEIGHTS: Mapping[str, tuple[str, ...]] = {
     "layers.#.attention.query_norm.weight": ("model.layers.#.self_attn.q_norm.weight",),
     "layers.#.attention.key_norm.weight": ("model.layers.#.self_attn.k_norm.weight",),
 }
+GEMMA_SANDWICH_WEIGHTS: Mapping[str, tuple[str, ...]] = {
+    # Gemma calls "post_attention" what stands behind attention, where Llama means the norm before the feed-forward.
+    "layers.#.post_attention_norm.weight": ("model.layers.#.post_attention_layernorm.weight",),
+    "layers.#.feed_forward_norm.weight": ("model.layers.#.pre_feedforward_layernorm.weight",),
+    "layers.#.post_feed_forward_norm.weight": ("model.layers.#.post_feedforward_layernorm.weight",),
+}
 
 
 class Piece(NamedTuple):
-    """Rows `start:end` of one of our weights, which the model folder stores under `name`."""
+    """Rows `start:end` of one of our weights, which the model folder stores under `name` (in canonical spelling).
+
+    Our weight counts as a matrix here: experts stand one below the other.
+
+    Attributes:
+        shape: of the stored tensor.
+        transposed: whether it is stored (in, out), as GPT-2 does.
+    """
 
     name: str
     start: int
     end: int
+    shape: tuple[int, ...]
+    transposed: bool = False
+
+
+def _as_stored(config: ModelConfig, name: str) -> str | None:
+    return name
 
 
 @dataclass(frozen=True)
@@ -62,51 +109,88 @@ class Family:
 
     Attributes:
         model_type: its name in config.json and in `ModelConfig.family`.
-        architecture: its class in transformers.
+        architectures: its classes in transformers and the `head` that each has, the one without a choice first.
         to_hf: content of config.json for a config; may drop what the family cannot express (`registry.to_hf` checks).
         from_hf: the config of a config.json; UserError for what is not implemented.
         weights: our weight -> names in the model folder, as in `COMMON_WEIGHTS`.
+        transposed: those of our weights that are stored (in, out).
+        canonical: (config, a stored name) -> the name in `weights` that it is another spelling of, or None for a
+            tensor that nothing needs.
+        stored: (config, a name in `weights`) -> the name in a folder that is written for this config.
     """
 
     model_type: str
-    architecture: str
+    architectures: Mapping[str, str]
     to_hf: Callable[[ModelConfig], dict[str, Any]]
     from_hf: Callable[[dict[str, Any]], ModelConfig]
     weights: Mapping[str, tuple[str, ...]]
+    transposed: frozenset[str] = frozenset()
+    canonical: Callable[[ModelConfig, str], str | None] = _as_stored
+    stored: Callable[[ModelConfig, str], str] = lambda config, name: name
 
-    def pieces(self, config: ModelConfig, parameter: str, num_rows: int) -> list[Piece]:
+    def pieces(self, config: ModelConfig, parameter: str, shape: tuple[int, ...]) -> list[Piece]:
         """Where the rows of one of our parameters are in the model folder.
 
         Args:
             parameter: name in `Transformer.named_parameters()`, such as layers.3.attention.qkv.weight.
-            num_rows: its first dimension.
+            shape: its shape.
         """
         parts = parameter.split(".")
         layer = parts[1] if parts[0] == "layers" else ""
-        names = self.weights[".".join(["layers", "#", *parts[2:]]) if layer else parameter]
+        pattern = ".".join(["layers", "#", *parts[2:]]) if layer else parameter
+        names = self.weights[pattern]
+        num_stacks = shape[0] if len(shape) == 3 else 1
+        num_rows = shape[-2] if len(shape) == 3 else shape[0]
         if len(names) == 3:
             sizes = [config.query_size, config.key_value_size, config.key_value_size]
         else:
             sizes = [num_rows // len(names)] * len(names)
-        assert sum(sizes) == num_rows, (parameter, num_rows, sizes)
+        assert sum(sizes) == num_rows, (parameter, shape, sizes)
+        transposed = pattern in self.transposed
         pieces, start = [], 0
-        for name, size in zip(names, sizes, strict=True):
-            pieces.append(Piece(name.replace("#", layer), start, start + size))
-            start += size
+        for stack in range(num_stacks):
+            for name, size in zip(names, sizes, strict=True):
+                stored = (size,) if len(shape) == 1 else (size, shape[-1])
+                if parameter == "patch_embedding.weight":
+                    patch = config.patch_size or 0
+                    stored = (size, config.num_channels, patch, patch)
+                name = name.replace("#", layer).replace("@", str(stack))
+                pieces.append(Piece(name, start, start + size, stored[::-1] if transposed else stored, transposed))
+                start += size
         return pieces
 
+    def architecture(self, config: ModelConfig) -> str:
+        """The class in transformers for the config's head."""
+        for name, head in self.architectures.items():
+            if head == config.head:
+                return name
+        raise UserError(
+            f"a model folder of family {self.model_type!r} cannot express head = {config.head!r}; "
+            f"it has {', '.join(self.architectures)}"
+        )
 
-def shape_to_hf(config: ModelConfig, architecture: str) -> dict[str, Any]:
-    """The part of config.json that all families share."""
+    def head_of(self, values: dict[str, Any]) -> str:
+        """The head that a config.json asks for by its architectures.
+
+        Raises:
+            UserError: if it is a class that is not implemented.
+        """
+        named = values.get("architectures") or [next(iter(self.architectures))]
+        for name, head in self.architectures.items():
+            if name in named:
+                return head
+        raise UserError(f"architectures = {named!r} is not implemented; expected {' or '.join(self.architectures)}")
+
+
+def shape_to_hf(config: ModelConfig, eps_key: str = "rms_norm_eps") -> dict[str, Any]:
+    """The part of config.json that the families with Llama's keys share."""
     return {
-        "architectures": [architecture],
         "model_type": config.family,
         **{key: getattr(config, key) for key in SIZE_KEYS},
         "num_key_value_heads": config.num_key_value_heads,
         "head_dim": config.head_dim,
-        "rms_norm_eps": config.rms_norm_eps,
+        eps_key: config.norm_eps,
         "tie_word_embeddings": config.tie_word_embeddings,
-        "attention_bias": False,
     }
 
 
@@ -119,31 +203,63 @@ def whole_heads(config: ModelConfig) -> None:
         )
 
 
-def shape_from_hf(values: dict[str, Any], tied: bool, head_dim: int | None = None) -> dict[str, Any]:
-    """Settings of `ModelConfig` from the part of config.json that all families share.
+def derived_head_dim(config: ModelConfig) -> None:
+    """Refuse a head_dim of its own where the family has none."""
+    whole_heads(config)
+    if config.head_dim * config.num_attention_heads != config.hidden_size:
+        raise UserError(
+            f"head_dim = {config.head_dim} must be hidden_size / num_attention_heads = "
+            f"{config.hidden_size // config.num_attention_heads} in a model folder of family {config.family!r}"
+        )
+
+
+def sizes_from_hf(values: dict[str, Any], keys: Mapping[str, str], optional: Mapping[str, str] = {}) -> dict[str, int]:
+    """Positive integers of a config.json.
 
     Args:
-        tied: the family's default of tie_word_embeddings.
-        head_dim: the family's default; None means hidden_size / num_attention_heads.
+        keys: our name -> key that must be there.
+        optional: our name -> key that may be absent or null; then it is left out of the result.
 
     Raises:
         UserError: naming every size that is missing or no positive integer.
     """
-    sizes = {key: values.get(key) for key in SIZE_KEYS}
-    optional = {key: values[key] for key in ("num_key_value_heads", "head_dim") if values.get(key) is not None}
-    bad = [key for key, value in (sizes | optional).items() if type(value) is not int or value <= 0]
+    wanted = {ours: values.get(key) for ours, key in keys.items()}
+    wanted |= {ours: values[key] for ours, key in optional.items() if values.get(key) is not None}
+    names = {**keys, **optional}
+    bad = [names[ours] for ours, value in wanted.items() if type(value) is not int or not 0 < value < 2**31]
     if bad:
         listed = ", ".join(f"{key} = {values[key]!r}" if key in values else f"{key} is missing" for key in bad)
         raise UserError(f"{listed}; expected positive integers")
-    defaults = {
-        "num_key_value_heads": values["num_attention_heads"],
-        "head_dim": head_dim or values["hidden_size"] // values["num_attention_heads"],
-    }
+    for ours in wanted.keys() & {"num_hidden_layers", "num_experts"}:
+        if (wanted[ours] or 0) > MAX_MODULES:  # each becomes a module before any file is looked at
+            raise UserError(f"{names[ours]} = {wanted[ours]}; expected at most {MAX_MODULES}")
+    return {ours: int(value) for ours, value in wanted.items() if value is not None}
+
+
+def shape_from_hf(
+    values: dict[str, Any],
+    tied: bool,
+    head_dim: int | None = None,
+    eps: float = 1e-6,
+    eps_key: str = "rms_norm_eps",
+) -> dict[str, Any]:
+    """Settings of `ModelConfig` from the part of config.json that the families with Llama's keys share.
+
+    Args:
+        tied: the family's default of tie_word_embeddings.
+        head_dim: the family's default; None means hidden_size / num_attention_heads.
+        eps: the family's default under `eps_key`.
+
+    Raises:
+        UserError: naming every size that is missing or no positive integer.
+    """
+    same = {key: key for key in SIZE_KEYS}
+    sizes = sizes_from_hf(values, same, {key: key for key in ("num_key_value_heads", "head_dim")})
     return {
+        "num_key_value_heads": sizes["num_attention_heads"],
+        "head_dim": head_dim or sizes["hidden_size"] // sizes["num_attention_heads"],
         **sizes,
-        **defaults,
-        **optional,
-        "rms_norm_eps": values.get("rms_norm_eps", 1e-6),
+        "norm_eps": values.get(eps_key, eps),
         "tie_word_embeddings": values.get("tie_word_embeddings", tied),
     }
 
@@ -155,44 +271,39 @@ def activation_to_hf(config: ModelConfig) -> str:
 
 def activation_from_hf(values: dict[str, Any], key: str, default: str) -> str:
     """Our name of the activation that config.json has under `key`."""
-    name = values.get(key, default)
+    name = values.get(key)
+    name = default if name is None else name
     if name not in list(ACTIVATIONS):
         raise UserError(f"{key} = {name!r} is not implemented; implemented are {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
 
 
-def rope_to_hf(theta: float) -> dict[str, Any]:
-    """Rotary positions in both spellings: transformers 4 reads rope_theta, transformers 5 rope_parameters."""
-    return {"rope_theta": theta, "rope_parameters": {"rope_type": "default", "rope_theta": theta}}
+def scalar_from_hf(values: dict[str, Any], default: int = 256) -> float:
+    """Gemma's query_pre_attn_scalar, whose root divides the scores."""
+    scalar = values.get("query_pre_attn_scalar", default)
+    if isinstance(scalar, bool) or not isinstance(scalar, int | float) or not 0 < scalar < math.inf:
+        raise UserError(f"query_pre_attn_scalar = {scalar!r}; expected a positive number")
+    return float(scalar)
 
 
-def rope_from_hf(values: dict[str, Any], default: float = 10_000.0) -> float:
-    """rope_theta in either spelling.
+def layer_types_from_hf(values: dict[str, Any], default: list[str] | None) -> list[str] | None:
+    """layer_types of a config.json, or the family's pattern where it has none.
 
     Raises:
-        UserError: for a scaled or partial rotation, and for two spellings that disagree.
+        UserError: for anything but a list of full_attention and sliding_attention.
     """
-    scaling, parameters = values.get("rope_scaling"), values.get("rope_parameters")
-    theta = values.get("rope_theta")
-    for key, rope in (("rope_scaling", scaling), ("rope_parameters", parameters)):
-        inner = check_rope(key, rope).get("rope_theta")
-        if inner is not None:
-            if theta is not None and theta != inner:
-                raise UserError(f"rope_theta = {theta} but {key} says {inner}; make them equal")
-            theta = inner
-    return default if theta is None else theta
+    types = values.get("layer_types")
+    if types is None:
+        return default
+    if not isinstance(types, list) or any(kind not in (FULL, SLIDING) for kind in types):
+        raise UserError(f"layer_types = {types!r} is not implemented; expected a list of {FULL!r} and {SLIDING!r}")
+    return types
 
 
-def check_rope(key: str, rope: Any) -> dict[str, Any]:
-    """The given rope_parameters or rope_scaling, {} for null; UserError if they scale or turn a part only."""
-    if rope is None:
-        return {}
-    if not isinstance(rope, dict):
-        raise UserError(f"{key} = {rope!r} is no object")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError(f"{key} = {rope!r} is not implemented; only rope_type 'default' is, without scaling")
-    return rope
+def layer_types_to_hf(config: ModelConfig) -> list[str]:
+    """layer_types of a config."""
+    windows = [config.window_of_layer(layer) for layer in range(config.num_hidden_layers)]
+    return [FULL if window is None else SLIDING for window in windows]
 
 
 def refuse(values: dict[str, Any], **implemented: Any) -> None:
@@ -207,7 +318,6 @@ def refuse(values: dict[str, Any], **implemented: Any) -> None:
         "attn_logit_softcapping": None,
         "use_bidirectional_attention": False,
         "use_sliding_window": False,
-        "partial_rotary_factor": 1.0,
         "per_layer_config": None,
         "quantization_config": None,
         **implemented,
@@ -220,4 +330,8 @@ def refuse(values: dict[str, Any], **implemented: Any) -> None:
 
 def full_attention_only(values: dict[str, Any]) -> None:
     """Refuse layer_types other than full attention."""
-    refuse(values, layer_types=["full_attention"] * values["num_hidden_layers"])
+    refuse_types = [FULL] * values["num_hidden_layers"]
+    if values.get("layer_types") not in (None, refuse_types):
+        raise UserError(
+            f"layer_types = {values['layer_types']!r}: not implemented for model_type {values.get('model_type')!r}"
+        )

@@ -10,18 +10,18 @@ from lalia.model.families.family import (
     activation_to_hf,
     full_attention_only,
     refuse,
-    rope_from_hf,
-    rope_to_hf,
     shape_from_hf,
     shape_to_hf,
 )
+from lalia.model.families.rope import rope_from_hf, rope_to_hf
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
     """Content of config.json."""
     return {
-        **shape_to_hf(config, FAMILY.architecture),
-        **rope_to_hf(config.rope_theta),
+        **shape_to_hf(config),
+        **rope_to_hf(config),
+        "attention_bias": False,
         "hidden_act": activation_to_hf(config),
         "final_logit_softcapping": config.logit_softcap or None,
     }
@@ -35,11 +35,11 @@ def from_hf(values: dict[str, Any]) -> ModelConfig:
     settings = {
         "family": FAMILY.model_type,
         **shape,
+        **rope_from_hf(values),
         "norm_weight": "none",
         "embedding_norm": True,
         "qk_norm": "after_rope",
         "rope_direction": -1,
-        "rope_theta": rope_from_hf(values),
         "activation": activation_from_hf(values, "hidden_act", "relu2"),
         "gated": False,
         "logit_softcap": values.get("final_logit_softcapping", 15.0) or 0.0,
@@ -53,4 +53,4 @@ WEIGHTS = {
     "layers.#.feed_forward.down.weight": ("model.layers.#.mlp.fc2.weight",),
 }
 
-FAMILY = Family("nanochat", "NanoChatForCausalLM", to_hf, from_hf, WEIGHTS)
+FAMILY = Family("nanochat", {"NanoChatForCausalLM": "language_model"}, to_hf, from_hf, WEIGHTS)

@@ -4,44 +4,49 @@ from typing import Any
 
 from lalia.model.config import ModelConfig
 from lalia.model.families.family import (
+    BIASES,
     COMMON_WEIGHTS,
     QK_NORM_WEIGHTS,
     Family,
     activation_from_hf,
     activation_to_hf,
-    full_attention_only,
     refuse,
-    rope_from_hf,
-    rope_to_hf,
     shape_from_hf,
     shape_to_hf,
 )
+from lalia.model.families.qwen2 import windows_from_hf, windows_to_hf
+from lalia.model.families.rope import rope_from_hf, rope_to_hf
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
     """Content of config.json."""
     return {
-        **shape_to_hf(config, FAMILY.architecture),
-        **rope_to_hf(config.rope_theta),
+        **shape_to_hf(config),
+        **rope_to_hf(config),
         "hidden_act": activation_to_hf(config),
-        "use_sliding_window": False,
-        "sliding_window": None,
+        "attention_bias": config.qkv_bias and config.attention_output_bias,
+        **windows_to_hf(config),
     }
 
 
 def from_hf(values: dict[str, Any]) -> ModelConfig:
     """Config of a config.json; UserError names what is not implemented."""
     shape = shape_from_hf(values, tied=False, head_dim=128)
-    refuse(values)
-    full_attention_only(values)
+    biased = bool(values.get("attention_bias"))
+    refuse(values, use_sliding_window=values.get("use_sliding_window"), attention_bias=biased)
     settings = {
         "family": FAMILY.model_type,
         **shape,
+        **rope_from_hf(values),
+        **windows_from_hf(values, shape["num_hidden_layers"]),
+        "qkv_bias": biased,
+        "attention_output_bias": biased,
         "qk_norm": "before_rope",
-        "rope_theta": rope_from_hf(values),
         "activation": activation_from_hf(values, "hidden_act", "silu"),
     }
     return ModelConfig.parse(settings, "model")
 
 
-FAMILY = Family("qwen3", "Qwen3ForCausalLM", to_hf, from_hf, {**COMMON_WEIGHTS, **QK_NORM_WEIGHTS})
+WEIGHTS = {**COMMON_WEIGHTS, **QK_NORM_WEIGHTS, **BIASES}
+
+FAMILY = Family("qwen3", {"Qwen3ForCausalLM": "language_model"}, to_hf, from_hf, WEIGHTS)
