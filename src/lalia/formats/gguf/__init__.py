@@ -1,0 +1,5 @@
+"""GGUF, the one-file format of llama.cpp: read and write."""
+
+from lalia.formats.gguf.file import GGUFFile
+
+__all__ = ["GGUFFile"]
