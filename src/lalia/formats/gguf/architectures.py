@@ -106,12 +106,12 @@ _BERT = {
 }
 _GROK = {
     EMBEDDING: "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
+    "output_norm.weight": "model.norm.scale",
     HEAD: "lm_head.weight",
-    "blk.#.attn_norm.weight": "model.layers.#.pre_attn_norm.weight",
-    "blk.#.attn_output_norm.weight": "model.layers.#.post_attn_norm.weight",
-    "blk.#.ffn_norm.weight": "model.layers.#.pre_moe_norm.weight",
-    "blk.#.layer_output_norm.weight": "model.layers.#.post_moe_norm.weight",
+    "blk.#.attn_norm.weight": "model.layers.#.pre_attn_norm.scale",
+    "blk.#.attn_output_norm.weight": "model.layers.#.post_attn_norm.scale",
+    "blk.#.ffn_norm.weight": "model.layers.#.pre_moe_norm.scale",
+    "blk.#.layer_output_norm.weight": "model.layers.#.post_moe_norm.scale",
     **{
         f"blk.#.attn_{ours}.weight": f"model.layers.#.attn.{theirs}_proj.weight"
         for ours, theirs in {"q": "q", "k": "k", "v": "v", "output": "o"}.items()
@@ -176,7 +176,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         Architecture("qwen3", ("qwen3",), _LLAMA | _QK_NORM),
         Architecture("qwen3moe", ("qwen3_moe",), _OUTER | _ATTENTION | _QK_NORM | _PRE_NORMS | _GATED | _QWEN_EXPERTS),
         Architecture("bert", ("bert",), _BERT),
-        Architecture("grok", ("grok",), _GROK),
+        Architecture("grok", ("grok-1",), _GROK),
     )
 }
 

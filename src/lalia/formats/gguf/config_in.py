@@ -313,11 +313,10 @@ def _bert(keys: Keys) -> dict[str, Any]:
 
 
 def _grok(keys: Keys) -> dict[str, Any]:
-    values = _llama_like(keys, "grok", "GrokForCausalLM") | _experts(keys)
+    values = _llama_like(keys, "grok-1", "Grok1ModelForCausalLM") | _experts(keys)
     return values | {
         "hidden_act": "gelu_pytorch_tanh",
         "embedding_multiplier_scale": keys.real("embedding_scale", 78.38367176906169),
         "output_multiplier_scale": keys.real("logit_scale", 0.5773502691896257),
-        "attn_output_multiplier": keys.real("attention.output_scale", 0.08838834764831845),
         "max_attn_value": keys.real("attn_logit_softcapping", 30.0),
     }

@@ -8,6 +8,7 @@ Before anything of a stated size is made, that size is compared with the bytes t
 a small multiple of the file's.
 """
 
+import itertools
 import mmap
 import struct
 from pathlib import Path
@@ -124,7 +125,7 @@ def parse(data: mmap.mmap | bytes, path: Path) -> Container:
             )
         tensors[name] = StoredTensor(name, kind, shape, start, num_bytes)
     in_order = sorted(tensors.values(), key=lambda tensor: tensor.start)
-    for one, other in zip(in_order, in_order[1:], strict=False):
+    for one, other in itertools.pairwise(in_order):
         if one.start + one.num_bytes > other.start:
             raise cursor.corrupt(f"tensors {one.name!r} and {other.name!r} overlap")
     return Container(metadata, tensors)
@@ -149,7 +150,7 @@ def _table_row(cursor: "_Cursor") -> tuple[str, Kind, tuple[int, ...], int]:
         raise UserError(f"{cursor.path}: tensor {name!r}: {error}") from None
     if sizes[0] % kind.block_size:
         raise cursor.corrupt(
-            f"tensor {name!r} has rows of {sizes[0]} values, no multiple of the {kind.block_size} of a {kind.name} block"
+            f"tensor {name!r} has rows of {sizes[0]} values, no multiple of {kind.name}'s {kind.block_size}"
         )
     return name, kind, tuple(sizes[::-1]), offset
 
