@@ -1,7 +1,7 @@
 """Runs llama.cpp on one GGUF file, in a process of its own: `python llama_cpp_child.py JOB`.
 
-JOB is a JSON file {"model", "context", "result", "requests"}; each request is [kind, argument], and the answers go, as a
-list, into the JSON file `result`. See `tests.formats.gguf.llama_cpp` for the kinds.
+JOB is a JSON file {"model", "context", "result", "requests"}; each request is [kind, argument], and the answers go, as
+a list, into the JSON file `result`. See `tests.formats.gguf.llama_cpp` for the kinds.
 """
 
 import json
@@ -45,7 +45,9 @@ def main(job: dict[str, Any]) -> None:
             return got["tokens"]
         if kind == "log_probs":
             body = {"prompt": argument["tokens"], "n_predict": 1, "n_probs": argument["vocab_size"], "temperature": 0}
-            got = post("/completion", body | {"cache_prompt": False})
+            # A visible ASCII character must win: where a special or half a character does, no probabilities come. They
+            # are those before the bias.
+            got = post("/completion", body | {"cache_prompt": False, "logit_bias": [[32, 1000.0]]})
             entries = got["completion_probabilities"][0]["top_logprobs"]
             return [entry["logprob"] for entry in sorted(entries, key=lambda entry: entry["id"])]
         if kind == "raw":

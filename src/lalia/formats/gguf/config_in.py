@@ -13,6 +13,9 @@ GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3": 62}
 """The one size of each whose attention scale is (hidden_size / heads) ** -0.5; llama.cpp, too, tells it by this."""
 
 
+FLOAT32_MAX = float(np.finfo(np.float32).max)
+
+
 class Keys:
     """The metadata of one architecture, each value checked for its type."""
 
@@ -42,13 +45,20 @@ class Keys:
         """A positive number. float32 in the file, here the shortest decimal that is the same float32: 1e-05, not
         9.999999747378752e-06."""
         value = self.get(key, default)
-        if type(value) not in (int, float) or not 0 < value < math.inf:
+        if type(value) not in (int, float) or not 0 < value < FLOAT32_MAX:
             raise CorruptFile(f"{self.architecture}.{key} = {value!r}, expected a positive number")
         return float(str(np.float32(value)))
 
     def optional_real(self, key: str) -> float | None:
         """`real`, or None where the file has none or 0."""
         return None if self.get(key) in (None, 0, 0.0) else self.real(key)
+
+    def layers(self) -> int:
+        """block_count; each layer has tensors, so there are not more layers than tensors."""
+        count = self.integer("block_count")
+        if count > len(self.shapes):
+            raise CorruptFile(f"{self.architecture}.block_count = {count}, but it has {len(self.shapes)} tensors")
+        return count
 
     def rows(self, tensor: str) -> int:
         """First dimension of a tensor."""
@@ -90,7 +100,10 @@ def config_values(
     }
     values = readers[architecture](keys)
     if rope_divisors is not None:
-        values["rope_parameters"] |= _llama3_scaling(rope_divisors, values["rope_parameters"]["rope_theta"])
+        rope = values.get("rope_parameters", {})
+        if architecture != "llama" or rope["rope_type"] != "default":
+            raise UserError(f"a tensor rope_freqs.weight is not implemented for {architecture!r} with {rope}")
+        rope |= _llama3_scaling(rope_divisors, rope["rope_theta"])
     return values | _token_ids(metadata)
 
 
@@ -115,7 +128,7 @@ def _base(keys: Keys, model_type: str, class_name: str) -> dict[str, Any]:
         "model_type": model_type,
         "vocab_size": keys.rows("token_embd.weight"),
         "hidden_size": hidden,
-        "num_hidden_layers": keys.integer("block_count"),
+        "num_hidden_layers": keys.layers(),
         "num_attention_heads": heads,
         "num_key_value_heads": keys.integer("attention.head_count_kv", heads),
         "head_dim": head_dim,
@@ -276,7 +289,7 @@ def _gpt2(keys: Keys) -> dict[str, Any]:
         "model_type": "gpt2",
         "vocab_size": keys.rows("token_embd.weight"),
         "n_embd": keys.integer("embedding_length"),
-        "n_layer": keys.integer("block_count"),
+        "n_layer": keys.layers(),
         "n_head": keys.integer("attention.head_count"),
         "n_positions": keys.integer("context_length"),
         "n_inner": keys.integer("feed_forward_length"),

@@ -47,7 +47,7 @@ def write_container(path: Path, metadata: Mapping[str, Any], tensors: Sequence[N
             file.write(_header(metadata, tensors))
             for tensor in tensors:
                 _pad(file)
-                written = sum(file.write(memoryview(piece.contiguous().numpy())) for piece in tensor.pieces())
+                written = sum(file.write(piece.contiguous().numpy().data) for piece in tensor.pieces())
                 assert written == tensor.num_bytes, (tensor.name, written, tensor.num_bytes)
             _pad(file)
             file.flush()

@@ -90,7 +90,8 @@ def save_gguf(
     Args:
         config_values: content of config.json, of a family that llama.cpp has.
         tensors: the model folder's tensors, under its names.
-        tokenizer_folder: with tokenizer.json; None writes a file that llama.cpp loads but cannot encode text with.
+        tokenizer_folder: with tokenizer.json; None writes a file that Lalia reads
+            and llama.cpp's server does not.
         kind: one of `quantize.WRITTEN`.
         name: general.name; the file's stem by default.
 
@@ -107,6 +108,11 @@ def save_gguf(
     values = registry.to_hf(config)
     saved = Saved(path)
     parts = _collect(architecture, config, source, saved)
+    if architecture.name == "llama" and config.sliding_window is not None:
+        saved.remarks.append(
+            f"llama.cpp lets this architecture attend to everything, not to sliding_window = {config.sliding_window} "
+            "tokens: it computes the same on texts up to that length only"
+        )
     divisors = rope_divisors(values, architecture)
     metadata: dict[str, Any] = {
         "general.architecture": architecture.name,
@@ -122,7 +128,7 @@ def save_gguf(
     _check_expressed(config, read_back(metadata, architecture.name, shapes, divisors))
     if tokenizer_folder is None:
         metadata["tokenizer.ggml.model"] = "none"
-        saved.remarks.append("without a tokenizer: llama.cpp can run the model but not encode text")
+        saved.remarks.append("without a tokenizer: llama.cpp's server does not start with such a file")
     else:
         ids = {key: config_values.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
         vocabulary, remarks = vocabulary_metadata(Path(tokenizer_folder), config.vocab_size, ids)

@@ -79,7 +79,7 @@ class GGUFFile:
     def _config_values(self) -> dict[str, Any]:
         architecture = self.architecture
         shapes = {name: stored.shape for name, stored in self._stored.items()}
-        divisors = self._stored.get("rope_freqs.weight") if architecture.name == "llama" else None
+        divisors = self._stored.get("rope_freqs.weight")
         try:
             return config_values(
                 self.metadata,

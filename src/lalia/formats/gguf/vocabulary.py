@@ -122,10 +122,10 @@ def _tokens(content: dict[str, Any], vocab_size: int) -> tuple[list[str], list[i
     return [f"[PAD{i}]" if text is None else text for i, text in enumerate(tokens)], types
 
 
-def _special_ids(tokenizer: Tokenizer, folder: Path, ids: dict[str, Any]) -> dict[str, int]:
+def _special_ids(tokenizer: Tokenizer, folder: Path, ids: dict[str, Any]) -> dict[str, Any]:
     settings_path = folder / "tokenizer_config.json"
     settings = read_json(settings_path) if settings_path.is_file() else {}
-    metadata: dict[str, int] = {}
+    metadata: dict[str, Any] = {}
     for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
         given: Any = ids.get(f"{name}_token_id")
         if isinstance(given, list) and given:
