@@ -98,7 +98,7 @@ def choose_files(repository: str, names: list[str]) -> list[str]:
         weights = [name for name in names if name.endswith(".gguf") and "/" not in name]
         if len(weights) > 1:
             raise UserError(
-                f"{repository} has {len(weights)} GGUF files ({', '.join(weights[:6])}...); fetch the one you want "
+                f"{repository} has {len(weights)} GGUF files ({', '.join(weights[:6])}{' ...' if len(weights) > 6 else ''}); fetch the one you want "
                 f"with `hf download {repository} FILE --local-dir FOLDER`, and give Lalia its path"
             )
     if not weights:
