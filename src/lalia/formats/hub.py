@@ -97,8 +97,9 @@ def choose_files(repository: str, names: list[str]) -> list[str]:
     if not any(name.endswith(".safetensors") for name in weights):
         weights = [name for name in names if name.endswith(".gguf") and "/" not in name]
         if len(weights) > 1:
+            more = " ..." if len(weights) > 6 else ""
             raise UserError(
-                f"{repository} has {len(weights)} GGUF files ({', '.join(weights[:6])}{' ...' if len(weights) > 6 else ''}); fetch the one you want "
+                f"{repository} has {len(weights)} GGUF files ({', '.join(weights[:6])}{more}); fetch the one you want "
                 f"with `hf download {repository} FILE --local-dir FOLDER`, and give Lalia its path"
             )
     if not weights:
