@@ -28,6 +28,8 @@ TOOLS = ("cat", "cp", "curl", "head", "ls", "mkdir", "python", "tail")
 
 STAND_INS = {
     "pip": "installs packages, from the network; checked instead: the extras it names are in pyproject.toml",
+    "lalia pull": "fetches up to 100 MB from the network; checked instead: the command itself, with the model that "
+    "`make demo` made in the place of what would be fetched. tests/formats/test_pull.py has the fetching",
     "make": "`make demo` runs for real, in miniature, less its installation; other targets would build environments or "
     "run these very tests, so `make -n` must accept them",
     ".venv/bin/activate": "the tests' PATH already has lalia; `make demo` makes the environment it belongs to",
@@ -225,6 +227,8 @@ def _run(folder: Path, connection: socket.socket, settings: list[str]) -> None:
         os.dup2(reading, 0)
     if arguments[:1] == ["serve"]:
         (folder / "server.pid").write_text(str(os.getpid()))
+    if arguments[:1] == ["pull"]:
+        _stand_in_for_fetching(folder)
     code = _main(*miniature(arguments, settings))
     if arguments[:1] == ["serve"]:
         (folder / "server.exit.part").write_text(str(code))
@@ -232,6 +236,22 @@ def _run(folder: Path, connection: socket.socket, settings: list[str]) -> None:
     with contextlib.suppress(OSError):  # a server outlives its client
         connection.send(bytes([code]))
     os._exit(code)
+
+
+def _stand_in_for_fetching(folder: Path) -> None:
+    """Whatever `lalia pull` is to fetch, the model that `make demo` made comes."""
+    import shutil
+
+    from lalia.formats import hub, pull, store
+
+    def fetch(name: str, target: Path) -> None:
+        shutil.copytree(folder / "finished" / "runs" / "shakespeare" / "chat", target, dirs_exist_ok=True)
+        facts = store.facts_of_files(target)
+        source = store.Source(name.removeprefix("hf:"), name, "a test", name, "apache-2.0", store.today(), facts)
+        store.write_card(target, source, "A stand-in.", f"lalia chat {name}")
+
+    pull.fetch_package = lambda name, package, target, progress: fetch(name, target)
+    hub.fetch_repository = lambda name, target, progress: fetch(name, target)
 
 
 def _main(*commands: list[str]) -> int:

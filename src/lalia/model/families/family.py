@@ -176,6 +176,8 @@ class Family:
             UserError: if it is a class that is not implemented.
         """
         named = values.get("architectures") or [next(iter(self.architectures))]
+        if not isinstance(named, list):
+            raise UserError(f"architectures = {named!r} is not a list of names")
         for name, head in self.architectures.items():
             if name in named:
                 return head
