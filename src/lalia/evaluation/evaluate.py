@@ -71,7 +71,9 @@ def evaluate(
 
 def score_documents(model: LanguageModel, documents: list[Document]) -> float:
     """Bits per byte in float32, with windows of the whole context that advance by half of it."""
-    encoded = model.tokenizer.encode_batch([document.text for document in documents])
+    texts = [document.text for document in documents]
+    encoded = model.tokenizer.encode_batch(texts)
+    model.tokenizer.check_lossless("bits per byte", texts, encoded)
     start = model.tokenizer.end_of_text_id
     pairs = [([start, *ids], document.num_bytes) for ids, document in zip(encoded, documents, strict=True)]
     window = model.max_length

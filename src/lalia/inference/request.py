@@ -76,7 +76,7 @@ class Request:
         self.state = RowState(params, prompt_ids, vocab_size)
         self.cancelled = False
         self._tokenizer = tokenizer
-        self._stream, self._stops = TextStream(tokenizer), StopStrings(params.stop)
+        self._stream, self._stops = TextStream(tokenizer, after=prompt_ids), StopStrings(params.stop)
         self._engine = engine
         self._deltas: list[Delta] = []
         self._changed = threading.Condition()
