@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lalia.errors import CorruptFile, UserError
-from lalia.formats.hf_folder import load_folder, load_model, read_config, save_model
+from lalia.formats.hf_folder import load_model, read_config, save_model
+from lalia.formats.loading import load_folder
 from lalia.model.config import ModelConfig
 from lalia.model.transformer import Transformer
 from lalia.tokenizer.bpe import Tokenizer, train_tokenizer

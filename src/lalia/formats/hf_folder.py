@@ -25,7 +25,6 @@ from lalia.formats.weights import assemble, disassemble, listed
 from lalia.model.config import ModelConfig
 from lalia.model.families import registry
 from lalia.model.transformer import Transformer
-from lalia.tokenizer.bpe import Tokenizer
 
 CONFIG, WEIGHTS, INDEX, GENERATION = (
     "config.json",
@@ -115,25 +114,6 @@ def load_model(
     config = read_config(folder, part)
     with SafetensorFiles(folder) as source:
         return assemble(config, source, dtype, trainable)
-
-
-def load_folder(
-    folder: Path, dtype: torch.dtype = torch.float32, trainable: bool = False
-) -> tuple[Transformer, Tokenizer]:
-    """`load_model` and the tokenizer beside it.
-
-    Raises:
-        UserError: also if there is no tokenizer, or it has more tokens than the model has embeddings. Fewer are
-            allowed: embeddings are often padded to a round number.
-    """
-    config = read_config(folder)
-    tokenizer = Tokenizer.load(folder)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(
-            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens but {CONFIG} says vocab_size = "
-            f"{config.vocab_size}; this tokenizer belongs to another model"
-        )
-    return load_model(folder, dtype, trainable), tokenizer
 
 
 def read_config(folder: Path, part: str | None = None) -> ModelConfig:

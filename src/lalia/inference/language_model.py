@@ -8,9 +8,9 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from lalia.errors import CorruptFile, UserError
-from lalia.files import read_json
-from lalia.formats.hf_folder import CONFIG, GENERATION, load_folder
+from lalia.errors import UserError
+from lalia.formats.loading import open_model
+from lalia.formats.store import find_model, stored_name
 from lalia.inference.engine import Engine, FinishReason, Request, TokenLogprob
 from lalia.inference.sampling import SamplingParams
 from lalia.model.config import ModelConfig
@@ -213,29 +213,18 @@ def load(folder: Path | str, max_batch: int = 16) -> LanguageModel:
     Raises:
         UserError, CorruptFile: if it is no complete model folder.
     """
-    folder = Path(folder)
-    model, tokenizer = load_folder(folder)
-    stop_ids = _end_ids(folder, model.config.vocab_size)
-    return LanguageModel(model, tokenizer, _name(folder.resolve()), max_batch, stop_ids=stop_ids)
+    path = find_model(folder)
+    with open_model(path) as files:
+        tokenizer = files.needed_tokenizer()
+        model = files.model()
+    return LanguageModel(model, tokenizer, _name(path), max_batch, stop_ids=files.end_ids)
 
 
-def _name(folder: Path) -> str:
-    """The folder's name, with that of its run in front: runs/shakespeare/chat is "shakespeare-chat"."""
-    in_run = (folder.parent / "recipe.toml").is_file()
-    return f"{folder.parent.name}-{folder.name}" if in_run else folder.name
-
-
-def _end_ids(folder: Path, vocab_size: int) -> frozenset[int]:
-    """eos_token_id of generation_config.json and config.json: absent, an id, or a list."""
-    ids: set[int] = set()
-    for path in (folder / GENERATION, folder / CONFIG):
-        values = read_json(path) if path.is_file() else {}
-        found = values.get("eos_token_id") if isinstance(values, dict) else None
-        for token_id in found if isinstance(found, list) else [] if found is None else [found]:
-            if type(token_id) is not int or not 0 <= token_id < vocab_size:
-                raise CorruptFile(f"{path}: eos_token_id = {token_id!r}; expected ids from 0 to {vocab_size - 1}")
-            ids.add(token_id)
-    return frozenset(ids)
+def _name(path: Path) -> str:
+    """The store's name, or the folder's with that of its run in front: runs/shakespeare/chat is "shakespeare-chat"."""
+    path = path.resolve()
+    in_run = (path.parent / "recipe.toml").is_file()
+    return stored_name(path) or (f"{path.parent.name}-{path.name}" if in_run else path.name.removesuffix(".gguf"))
 
 
 def _finished(request: Request) -> Generation:

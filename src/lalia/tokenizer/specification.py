@@ -133,7 +133,9 @@ def _check_merges(model: dict[str, Any], vocabulary: dict[str, int]) -> None:
         whole = left + (right.removeprefix(prefix) if prefix else right)
         for token in (left, right, whole):
             if token not in vocabulary:
-                raise CorruptFile(f"merge {number} ({left!r:.40}, {right!r:.40}) needs {token!r:.80}, which is no token")
+                raise CorruptFile(
+                    f"merge {number} ({left!r:.40}, {right!r:.40}) needs {token!r:.80}, which is no token"
+                )
 
 
 def _check_component(part: Any, key: str, depth: int = 0) -> None:

@@ -124,7 +124,9 @@ class Tokenizer:
             named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
             template = named.get("default")
         if not isinstance(template, str | None):
-            raise CorruptFile(f"{folder}: the chat template is {type(template).__name__}, expected text; fetch it again")
+            raise CorruptFile(
+                f"{folder}: the chat template is {type(template).__name__}, expected text; fetch it again"
+            )
         try:
             return cls(text, {**settings, "chat_template": template})
         except CorruptFile as error:

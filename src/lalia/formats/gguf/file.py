@@ -66,6 +66,11 @@ class GGUFFile:
         except UserError as error:
             raise UserError(f"{self.path}: {error}") from None
 
+    @property
+    def where(self) -> str:
+        """What messages call it."""
+        return str(self.path)
+
     def config_values(self) -> dict[str, Any]:
         """Content of an equivalent config.json, in the spelling of transformers 5.
 
