@@ -5,7 +5,8 @@ So this form, which needs no gradients,
 
 * works on a flat (rows, hidden) activation in place, with plain tensors instead of modules;
 * keeps each weight in the layout that is fastest for the number of rows (see `Linear`);
-* writes keys and values into the cache with one operation, and reads no more of it than is filled.
+* writes keys and values into the cache with one operation, and reads no more of it than is filled;
+* attends from a piece of a long prompt without a mask over all its keys, in memory that does not grow with them.
 
 tests/inference/test_decoder.py holds it to the transformer's own forward pass for every switch of the config.
 """
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from lalia.errors import UserError
 from lalia.model.attention import attend as attend_plainly
+from lalia.model.attention import attend_behind
 from lalia.model.cache import KVCache
 from lalia.model.config import ModelConfig, RopeScaling
 from lalia.model.experts import Linear as ModelLinear
@@ -34,6 +36,14 @@ COPY_LIMIT_BYTES = 1 << 30
 PADDED_BATCH_TOKENS = 192
 """Up to this many cached tokens in the longest sequence, a batch attends in one padded operation; beyond, sequence by
 sequence, which reads no padding but starts an operation for each."""
+
+BLOCK_ROWS, BLOCK_SCORES = 128, 1 << 22
+"""Tokens of a piece that attend together where a mask is needed: so many, and with a soft-cap, where all scores are in
+memory at once, no more than make so many scores."""
+
+ROTARY_TABLE_POSITIONS = 8192
+"""Positions whose cos and sin are kept once they were needed. Those of later ones are computed in every pass: a table of
+131,072 positions takes as much memory as the cache of a small model's layer."""
 
 
 class Decoder:
@@ -127,10 +137,15 @@ class Decoder:
         """cos and signed sin of the positions 0 .. at least length - 1, (positions, rotary_size) each."""
         tables = self._rotary.get(rope)
         if tables is None or tables[0].shape[0] < length or tables[0].dtype != self.dtype:
-            positions = torch.arange(min(2 * length, max(length, self.config.max_position_embeddings)))
-            cos, sin = rotary_table(positions.to(self.device), self.config, layer)
-            tables = self._rotary[rope] = (cos.to(self.dtype), sin.to(self.dtype))
+            limit = max(length, min(self.config.max_position_embeddings, ROTARY_TABLE_POSITIONS))
+            positions = torch.arange(min(2 * length, limit), device=self.device)
+            tables = self._rotary[rope] = self.rotary_of(positions, layer)
         return tables
+
+    def rotary_of(self, positions: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """cos and signed sin, (positions, rotary_size) each."""
+        cos, sin = rotary_table(positions, self.config, layer)
+        return cos.to(self.dtype), sin.to(self.dtype)
 
 
 class Linear:
@@ -268,7 +283,7 @@ class _Layer:
         if self.qk_norm is not None and c.qk_norm == "after_rope":
             self.qk_norm.in_place(rotated)
         query, kv = qkv.split((heads, 2 * kv_heads), 1)
-        keys, values = context.write(self.number, kv).split(kv_heads, 1)
+        keys, values = context.write(self.number, kv, self.window).split(kv_heads, 1)
         return context.attend(query, keys, values, self.window, self.scale)
 
 
@@ -330,7 +345,8 @@ class _Context:
             self.slots = torch.arange(self.first, self.first + batch, device=decoder.device)
             self.positions = torch.tensor(self.starts, device=decoder.device)  # (batch,)
         self._rotary: dict[Rope, tuple[Tensor, Tensor]] = {}
-        self._masks: dict[int | None, Tensor | None] = {}
+        self._masks: dict[tuple[int, int], Tensor] = {}
+        self._ring_rows: dict[int, Tensor] = {}
 
     def rows_positions(self) -> Tensor | slice:
         """Position of each row."""
@@ -339,61 +355,70 @@ class _Context:
     def rotary(self, rope: Rope, layer: int) -> tuple[Tensor, Tensor]:
         """cos and signed sin, (rows, 1, rotary_size) each."""
         if rope not in self._rotary:
-            cos, sin = self.decoder.rotary(rope, layer, self.end)
-            rows = self.rows_positions()
-            self._rotary[rope] = (cos[rows].unsqueeze(1), sin[rows].unsqueeze(1))
+            if self.end > ROTARY_TABLE_POSITIONS:
+                one = torch.arange(self.starts[0], self.end, device=self.decoder.device)
+                cos, sin = self.decoder.rotary_of(self.positions if self.batch > 1 else one, layer)
+            else:
+                rows = self.rows_positions()
+                cos, sin = (table[rows] for table in self.decoder.rotary(rope, layer, self.end))
+            self._rotary[rope] = (cos.unsqueeze(1), sin.unsqueeze(1))
         return self._rotary[rope]
 
-    def write(self, layer: int, kv: Tensor) -> Tensor:
+    def write(self, layer: int, kv: Tensor, window: int | None) -> Tensor:
         """Put the keys and values (rows, 2 * key_value_heads, head_dim) of new tokens into the cache.
 
         Returns:
-            The slots of this pass, (batch, 2 * key_value_heads, tokens, head_dim), longer than what is filled.
+            What to attend to, (batch, 2 * key_value_heads, tokens, head_dim). For a piece those that
+            `KVCache.append_piece` says; for one token of each sequence all rows of the slots, longer than what is
+            filled and, in a windowed layer, in the order of the ring, which attention does not mind.
         """
         block, first = self.cache.layers[layer], self.first
+        if self.seq > 1:
+            return self.cache.append_piece(layer, kv.transpose(0, 1)).unsqueeze(0)
         if self.batch > 1:
-            block[self.slots, :, self.positions] = kv
+            block[self.slots, :, self._rows(window)] = kv
         else:
-            block.select(0, first).narrow(1, self.starts[0], self.seq).copy_(kv.transpose(0, 1))
+            row = self.starts[0] if window is None else self.starts[0] % window
+            block.select(0, first).narrow(1, row, 1).copy_(kv.transpose(0, 1))
         return block.narrow(0, first, self.batch)
+
+    def _rows(self, window: int | None) -> Tensor:
+        """Row of the cache that the new token of each sequence goes to, (batch,)."""
+        if window is None:
+            return self.positions
+        if window not in self._ring_rows:
+            self._ring_rows[window] = self.positions % window
+        return self._ring_rows[window]
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, window: int | None, scale: float) -> Tensor:
         """softmax(query keys^T * scale) values over the cached tokens that each row may see.
 
         Args:
             query: (rows, heads, head_dim)
-            keys, values: (batch, key_value_heads, tokens, head_dim)
+            keys, values: (batch, key_value_heads, tokens, head_dim) from `write`.
 
         Returns:
             (rows, heads * head_dim)
         """
         rows, heads, head_dim = query.shape
         kv_heads = keys.shape[1]
+        if self.seq > 1:
+            query = query.transpose(0, 1).unsqueeze(0)  # (1, heads, seq, head_dim)
+            out = self._attend_piece(query, keys, values, window, scale)
+            return out[0].transpose(0, 1).reshape(rows, heads * head_dim)
         if self.decoder.config.attention_softcap:
             return self._attend_softcapped(query, keys, values, window, scale)
-        if self.seq > 1:
-            keys, values = keys[:, :, : self.end], values[:, :, : self.end]
-            out = F.scaled_dot_product_attention(
-                query.transpose(0, 1).unsqueeze(0),  # (1, heads, seq, head_dim)
-                keys,
-                values,
-                attn_mask=self._piece_mask(window),
-                is_causal=self._plain(window),
-                scale=scale,
-                enable_gqa=heads != kv_heads,
-            )
-            return out[0].transpose(0, 1).reshape(rows, heads * head_dim)
         # The queries that share a key-value head stand where a sequence would: no mask among them, and no copies.
         grouped = query.view(rows, kv_heads, heads // kv_heads, head_dim)
         if self.padded:
-            keys, values = keys.narrow(2, 0, self.end), values.narrow(2, 0, self.end)
-            mask = self._padding_mask(window)
+            filled = self._filled(self.end, window)
+            keys, values = keys.narrow(2, 0, filled), values.narrow(2, 0, filled)
+            mask = self._padding_mask(filled)
             out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
             return out.reshape(rows, heads * head_dim)
         pieces = []
         for i, (q, start) in enumerate(zip(grouped.split(1), self.starts, strict=True)):
-            begin = 0 if window is None else max(0, start + 1 - window)
-            k, v = (t.narrow(0, i, 1).narrow(2, begin, start + 1 - begin) for t in (keys, values))
+            k, v = (t.narrow(0, i, 1).narrow(2, 0, self._filled(start + 1, window)) for t in (keys, values))
             pieces.append(F.scaled_dot_product_attention(q, k, v, scale=scale))
         out = pieces[0] if rows == 1 else torch.cat(pieces)
         return out.view(rows, heads * head_dim)
@@ -401,43 +426,72 @@ class _Context:
     def _attend_softcapped(
         self, query: Tensor, keys: Tensor, values: Tensor, window: int | None, scale: float
     ) -> Tensor:
-        """`attend` without fused kernels, which know no soft-cap."""
-        rows = query.shape[0]
-        keys, values = keys[:, :, : self.end], values[:, :, : self.end]
-        if self.seq > 1:
-            query, mask = query.transpose(0, 1).unsqueeze(0), self._piece_mask(window)  # (1, heads, seq, head_dim)
-        else:
-            query = query.unsqueeze(2)  # (batch, heads, 1, head_dim)
-            positions = self.positions if self.batch > 1 else torch.tensor(self.starts, device=query.device)
-            mask = self._additive(positions, window)[:, None, None]
-        allowed = None if mask is None else mask == 0
-        out = attend_plainly(query, keys, values, scale, allowed, True, self.decoder.config.attention_softcap)
-        return out.transpose(1, 2).reshape(rows, -1)
+        """`attend` for one token of each sequence without fused kernels, which know no soft-cap."""
+        filled = self._filled(self.end, window)
+        keys, values = keys.narrow(2, 0, filled), values.narrow(2, 0, filled)
+        allowed = self._padding_mask(filled) == 0 if self.batch > 1 else None
+        softcap = self.decoder.config.attention_softcap
+        out = attend_plainly(query.unsqueeze(2), keys, values, scale, allowed, True, softcap)
+        return out.transpose(1, 2).reshape(query.shape[0], -1)
 
-    def _plain(self, window: int | None) -> bool:
-        """Whether a piece of a sequence is its beginning and no window cuts it, so that is_causal says it all."""
-        return self.starts[0] == 0 and (window is None or window >= self.end)
+    def _filled(self, length: int, window: int | None) -> int:
+        """Rows of the cache that a sequence of `length` tokens fills. In a windowed layer the last token may see all
+        of them."""
+        return length if window is None else min(length, window)
 
-    def _piece_mask(self, window: int | None) -> Tensor | None:
-        """For seq tokens of one sequence: additive mask (seq, end), or None where plain causal attention is exact."""
-        if self._plain(window):
-            return None
-        if window not in self._masks:
-            query = torch.arange(self.starts[0], self.end, device=self.decoder.device)
-            self._masks[window] = self._additive(query, window)
-        return self._masks[window]
+    def _padding_mask(self, filled: int) -> Tensor:
+        """For one token of each sequence: additive mask (batch, 1, 1, filled) over the rows of the cache."""
+        key = (0, filled)
+        if key not in self._masks:
+            hidden = torch.arange(filled, device=self.decoder.device) > self.positions[:, None]
+            self._masks[key] = _additive(hidden, self.decoder.dtype)[:, None, None]
+        return self._masks[key]
 
-    def _padding_mask(self, window: int | None) -> Tensor | None:
-        """For one token of each sequence: additive mask (batch, 1, 1, end)."""
-        if window not in self._masks:
-            self._masks[window] = self._additive(self.positions, window)[:, None, None]
-        return self._masks[window]
+    def _attend_piece(
+        self, query: Tensor, keys: Tensor, values: Tensor, window: int | None, scale: float
+    ) -> Tensor:  # query (1, heads, seq, head_dim)
+        heads, kv_heads, num_keys = query.shape[1], keys.shape[1], keys.shape[2]
+        softcap = self.decoder.config.attention_softcap
+        if not softcap and (window is None or self.end <= window):
+            if num_keys == self.seq:
+                grouped = heads != kv_heads
+                return F.scaled_dot_product_attention(
+                    query, keys, values, is_causal=True, scale=scale, enable_gqa=grouped
+                )
+            if query.device.type == "cpu":
+                return attend_behind(query, keys, values, scale)
+        size = max(1, min(BLOCK_ROWS, BLOCK_SCORES // (heads * num_keys))) if softcap else BLOCK_ROWS
+        before, blocks = num_keys - self.seq, []  # before: keys of earlier pieces
+        for q in query.split(size, 2):
+            rows, end = q.shape[2], before + q.shape[2]
+            begin = 0 if window is None else max(0, before + 1 - window)
+            k, v = keys[:, :, begin:end], values[:, :, begin:end]
+            # The queries that share a key-value head stand one behind the other.
+            mask = self._piece_mask(rows, end - begin, heads // kv_heads, window)
+            out = attend_plainly(q.reshape(1, kv_heads, -1, q.shape[3]), k, v, scale, mask, True, softcap)
+            blocks.append(out.view(q.shape))
+            before = end
+        return torch.cat(blocks, 2)
 
-    def _additive(self, query: Tensor, window: int | None) -> Tensor:
-        key = torch.arange(self.end, device=query.device)
-        hidden = key > query[:, None]
+    def _piece_mask(self, rows: int, num_keys: int, repeats: int, window: int | None) -> Tensor:
+        """For `rows` successive tokens, whose own keys are the last, several times: mask (repeats * rows, keys).
+
+        Additive, which fused attention wants, or where there is a soft-cap boolean.
+        """
+        key = (rows, num_keys)
+        if window is not None and key in self._masks:
+            return self._masks[key]
+        positions = torch.arange(num_keys, device=self.decoder.device)
+        query = positions[num_keys - rows :, None]
+        allowed = positions <= query
         if window is not None:
-            hidden |= key <= query[:, None] - window
-        return torch.zeros(hidden.shape, dtype=self.decoder.dtype, device=query.device).masked_fill_(
-            hidden, float("-inf")
-        )
+            allowed &= positions > query - window
+        softcap = self.decoder.config.attention_softcap
+        mask = (allowed if softcap else _additive(~allowed, self.decoder.dtype)).repeat(repeats, 1)
+        if window is not None:  # those over everything are as large as they are many
+            self._masks[key] = mask
+        return mask
+
+
+def _additive(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, float("-inf"))
