@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from lalia.inference import context as context_module
 from lalia.inference import decoder as decoder_module
 from lalia.inference.decoder import Decoder, Linear
 from lalia.model.cache import KVCache
@@ -109,7 +110,7 @@ def errors(model: Transformer, num_tokens: int = 40) -> list[float]:
 @pytest.mark.parametrize("padded_tokens", [0, 10_000])
 @pytest.mark.parametrize("switches", SWITCHES.values(), ids=SWITCHES.keys())
 def test_equals_the_full_forward(model_factory, monkeypatch, switches, padded_tokens):
-    monkeypatch.setattr(decoder_module, "PADDED_BATCH_TOKENS", padded_tokens)
+    monkeypatch.setattr(context_module, "PADDED_BATCH_TOKENS", padded_tokens)
     assert max(errors(model_factory(**switches))) < 2e-4
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lalia.errors import UserError
-from lalia.inference import decoder as decoder_module
+from lalia.inference import context as context_module
 from lalia.inference import engine as engine_module
 from lalia.inference.engine import Engine, Request
 from lalia.inference.sampling import SamplingParams
@@ -80,7 +80,7 @@ def test_greedy_alone_batched_streamed_and_in_pieces_are_the_same(expected, make
         monkeypatch.setattr(engine_module, "PREFILL_TOKENS_ALONE", size)
         monkeypatch.setattr(engine_module, "PREFILL_TOKENS_BESIDE_OTHERS", size)
         assert tokens(run(engine, PROMPTS)) == expected
-    monkeypatch.setattr(decoder_module, "PADDED_BATCH_TOKENS", 0)
+    monkeypatch.setattr(context_module, "PADDED_BATCH_TOKENS", 0)
     assert tokens(run(engine, PROMPTS)) == expected
     assert idle(engine)
 

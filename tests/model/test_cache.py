@@ -46,7 +46,7 @@ def test_the_transformer_with_a_cache_equals_one_forward(model):
 def test_memory_grows_with_use_and_keeps_its_content():
     cache = KVCache(CONFIG, 8, 1000)
     assert cache.layers[0].shape[0] == 1 and cache.layers[0].shape[2] == 64
-    cache.layers[1][0, :, :64] = 7.0
+    cache.layers[1][0, :, :64], cache.lengths[0] = 7.0, 64
     cache.reserve(3, 65)
     assert cache.layers[1].shape == (4, 2, 128, 8)
     assert (cache.layers[1][0, :, :64] == 7.0).all() and cache.layers[1].sum() == 7.0 * 2 * 64 * 8

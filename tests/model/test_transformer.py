@@ -270,4 +270,4 @@ def test_counts(model: Transformer) -> None:
     assert model.num_parameters() == c.num_matrix_parameters() + norms + embedding
     cache = KVCache(c, num_slots=2, max_length=10, dtype=torch.bfloat16)
     cache.reserve(2, 10)
-    assert sum(block.nbytes for block in cache.layers) == 2 * 10 * c.cache_bytes_per_token(2)
+    assert sum(block.nbytes for block in cache.layers) == 2 * c.cache_bytes(10, 2)

@@ -5,7 +5,8 @@ So this form, which needs no gradients,
 
 * works on a flat (rows, hidden) activation in place, with plain tensors instead of modules;
 * keeps each weight in the layout that is fastest for the number of rows (see `Linear`);
-* writes keys and values into the cache with one operation, and reads no more of it than is filled.
+* writes keys and values into the cache with one operation, and reads no more of it than is filled;
+* attends from a piece of a long prompt without a mask over all its keys, in memory that does not grow with them.
 
 tests/inference/test_decoder.py holds it to the transformer's own forward pass for every switch of the config.
 """
@@ -18,22 +19,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lalia.errors import UserError
-from lalia.model.attention import attend as attend_plainly
+from lalia.inference.context import ROTARY_TABLE_POSITIONS, Context, Rope
 from lalia.model.cache import KVCache
-from lalia.model.config import ModelConfig, RopeScaling
+from lalia.model.config import ModelConfig
 from lalia.model.experts import Linear as ModelLinear
 from lalia.model.experts import MixtureOfExperts, choose_experts, elementwise
 from lalia.model.rotary import rotary_table
 from lalia.model.transformer import Block, Norm, Transformer
 
-Rope = tuple[float, RopeScaling | None]
-
 COPY_LIMIT_BYTES = 1 << 30
 """Models with more bytes of weights than this are not copied into other layouts: memory matters more there."""
-
-PADDED_BATCH_TOKENS = 192
-"""Up to this many cached tokens in the longest sequence, a batch attends in one padded operation; beyond, sequence by
-sequence, which reads no padding but starts an operation for each."""
 
 
 class Decoder:
@@ -99,7 +94,7 @@ class Decoder:
         c = self.config
         batch, seq = tokens.shape
         assert batch == 1 or seq == 1
-        context = _Context(self, cache, batch, seq)
+        context = Context(self, cache, batch, seq)
         x = F.embedding(tokens.view(-1), self.embedding)  # (rows, hidden)
         if c.embedding_multiplier != 1.0:
             x.mul_(torch.tensor(c.embedding_multiplier, dtype=x.dtype))
@@ -127,10 +122,15 @@ class Decoder:
         """cos and signed sin of the positions 0 .. at least length - 1, (positions, rotary_size) each."""
         tables = self._rotary.get(rope)
         if tables is None or tables[0].shape[0] < length or tables[0].dtype != self.dtype:
-            positions = torch.arange(min(2 * length, max(length, self.config.max_position_embeddings)))
-            cos, sin = rotary_table(positions.to(self.device), self.config, layer)
-            tables = self._rotary[rope] = (cos.to(self.dtype), sin.to(self.dtype))
+            limit = max(length, min(self.config.max_position_embeddings, ROTARY_TABLE_POSITIONS))
+            positions = torch.arange(min(2 * length, limit), device=self.device)
+            tables = self._rotary[rope] = self.rotary_of(positions, layer)
         return tables
+
+    def rotary_of(self, positions: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """cos and signed sin, (positions, rotary_size) each."""
+        cos, sin = rotary_table(positions, self.config, layer)
+        return cos.to(self.dtype), sin.to(self.dtype)
 
 
 class Linear:
@@ -240,7 +240,7 @@ class _Layer:
         self.post_attention_norm = norm(block.post_attention_norm) if sandwich else None
         self.post_feed_forward_norm = norm(block.post_feed_forward_norm) if sandwich else None
 
-    def __call__(self, x: Tensor, context: "_Context") -> None:  # x (rows, hidden)
+    def __call__(self, x: Tensor, context: "Context") -> None:  # x (rows, hidden)
         normed = self.attention_norm(x)
         attended = self.output(self._attend(normed, context))
         if self.post_attention_norm is not None:
@@ -251,7 +251,7 @@ class _Layer:
             self.post_feed_forward_norm.in_place(fed)
         x.add_(fed)
 
-    def _attend(self, x: Tensor, context: "_Context") -> Tensor:
+    def _attend(self, x: Tensor, context: "Context") -> Tensor:
         c = self.config
         heads, kv_heads, head_dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
         # narrow and split instead of slices: these views are taken for every token, and slicing costs twice as much.
@@ -268,7 +268,7 @@ class _Layer:
         if self.qk_norm is not None and c.qk_norm == "after_rope":
             self.qk_norm.in_place(rotated)
         query, kv = qkv.split((heads, 2 * kv_heads), 1)
-        keys, values = context.write(self.number, kv).split(kv_heads, 1)
+        keys, values = context.write(self.number, kv, self.window).split(kv_heads, 1)
         return context.attend(query, keys, values, self.window, self.scale)
 
 
@@ -314,130 +314,3 @@ def _activation(c: ModelConfig) -> Callable[[Tensor], Tensor]:
         return elementwise(gate, c.activation).mul_(up)
 
     return gated if c.gated else plain
-
-
-class _Context:
-    """What the layers of one forward pass share: positions, rotary tables, masks, and the cache they write."""
-
-    def __init__(self, decoder: Decoder, cache: KVCache, batch: int, seq: int) -> None:
-        self.decoder, self.cache, self.batch, self.seq = decoder, cache, batch, seq
-        self.first = cache.first
-        self.starts = cache.lengths[self.first : self.first + batch]
-        self.end = max(self.starts) + seq
-        cache.reserve(self.first + batch, self.end)
-        self.padded = batch > 1 and self.end <= PADDED_BATCH_TOKENS
-        if batch > 1:
-            self.slots = torch.arange(self.first, self.first + batch, device=decoder.device)
-            self.positions = torch.tensor(self.starts, device=decoder.device)  # (batch,)
-        self._rotary: dict[Rope, tuple[Tensor, Tensor]] = {}
-        self._masks: dict[int | None, Tensor | None] = {}
-
-    def rows_positions(self) -> Tensor | slice:
-        """Position of each row."""
-        return self.positions if self.batch > 1 else slice(self.starts[0], self.end)
-
-    def rotary(self, rope: Rope, layer: int) -> tuple[Tensor, Tensor]:
-        """cos and signed sin, (rows, 1, rotary_size) each."""
-        if rope not in self._rotary:
-            cos, sin = self.decoder.rotary(rope, layer, self.end)
-            rows = self.rows_positions()
-            self._rotary[rope] = (cos[rows].unsqueeze(1), sin[rows].unsqueeze(1))
-        return self._rotary[rope]
-
-    def write(self, layer: int, kv: Tensor) -> Tensor:
-        """Put the keys and values (rows, 2 * key_value_heads, head_dim) of new tokens into the cache.
-
-        Returns:
-            The slots of this pass, (batch, 2 * key_value_heads, tokens, head_dim), longer than what is filled.
-        """
-        block, first = self.cache.layers[layer], self.first
-        if self.batch > 1:
-            block[self.slots, :, self.positions] = kv
-        else:
-            block.select(0, first).narrow(1, self.starts[0], self.seq).copy_(kv.transpose(0, 1))
-        return block.narrow(0, first, self.batch)
-
-    def attend(self, query: Tensor, keys: Tensor, values: Tensor, window: int | None, scale: float) -> Tensor:
-        """softmax(query keys^T * scale) values over the cached tokens that each row may see.
-
-        Args:
-            query: (rows, heads, head_dim)
-            keys, values: (batch, key_value_heads, tokens, head_dim)
-
-        Returns:
-            (rows, heads * head_dim)
-        """
-        rows, heads, head_dim = query.shape
-        kv_heads = keys.shape[1]
-        if self.decoder.config.attention_softcap:
-            return self._attend_softcapped(query, keys, values, window, scale)
-        if self.seq > 1:
-            keys, values = keys[:, :, : self.end], values[:, :, : self.end]
-            out = F.scaled_dot_product_attention(
-                query.transpose(0, 1).unsqueeze(0),  # (1, heads, seq, head_dim)
-                keys,
-                values,
-                attn_mask=self._piece_mask(window),
-                is_causal=self._plain(window),
-                scale=scale,
-                enable_gqa=heads != kv_heads,
-            )
-            return out[0].transpose(0, 1).reshape(rows, heads * head_dim)
-        # The queries that share a key-value head stand where a sequence would: no mask among them, and no copies.
-        grouped = query.view(rows, kv_heads, heads // kv_heads, head_dim)
-        if self.padded:
-            keys, values = keys.narrow(2, 0, self.end), values.narrow(2, 0, self.end)
-            mask = self._padding_mask(window)
-            out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
-            return out.reshape(rows, heads * head_dim)
-        pieces = []
-        for i, (q, start) in enumerate(zip(grouped.split(1), self.starts, strict=True)):
-            begin = 0 if window is None else max(0, start + 1 - window)
-            k, v = (t.narrow(0, i, 1).narrow(2, begin, start + 1 - begin) for t in (keys, values))
-            pieces.append(F.scaled_dot_product_attention(q, k, v, scale=scale))
-        out = pieces[0] if rows == 1 else torch.cat(pieces)
-        return out.view(rows, heads * head_dim)
-
-    def _attend_softcapped(
-        self, query: Tensor, keys: Tensor, values: Tensor, window: int | None, scale: float
-    ) -> Tensor:
-        """`attend` without fused kernels, which know no soft-cap."""
-        rows = query.shape[0]
-        keys, values = keys[:, :, : self.end], values[:, :, : self.end]
-        if self.seq > 1:
-            query, mask = query.transpose(0, 1).unsqueeze(0), self._piece_mask(window)  # (1, heads, seq, head_dim)
-        else:
-            query = query.unsqueeze(2)  # (batch, heads, 1, head_dim)
-            positions = self.positions if self.batch > 1 else torch.tensor(self.starts, device=query.device)
-            mask = self._additive(positions, window)[:, None, None]
-        allowed = None if mask is None else mask == 0
-        out = attend_plainly(query, keys, values, scale, allowed, True, self.decoder.config.attention_softcap)
-        return out.transpose(1, 2).reshape(rows, -1)
-
-    def _plain(self, window: int | None) -> bool:
-        """Whether a piece of a sequence is its beginning and no window cuts it, so that is_causal says it all."""
-        return self.starts[0] == 0 and (window is None or window >= self.end)
-
-    def _piece_mask(self, window: int | None) -> Tensor | None:
-        """For seq tokens of one sequence: additive mask (seq, end), or None where plain causal attention is exact."""
-        if self._plain(window):
-            return None
-        if window not in self._masks:
-            query = torch.arange(self.starts[0], self.end, device=self.decoder.device)
-            self._masks[window] = self._additive(query, window)
-        return self._masks[window]
-
-    def _padding_mask(self, window: int | None) -> Tensor | None:
-        """For one token of each sequence: additive mask (batch, 1, 1, end)."""
-        if window not in self._masks:
-            self._masks[window] = self._additive(self.positions, window)[:, None, None]
-        return self._masks[window]
-
-    def _additive(self, query: Tensor, window: int | None) -> Tensor:
-        key = torch.arange(self.end, device=query.device)
-        hidden = key > query[:, None]
-        if window is not None:
-            hidden |= key <= query[:, None] - window
-        return torch.zeros(hidden.shape, dtype=self.decoder.dtype, device=query.device).masked_fill_(
-            hidden, float("-inf")
-        )

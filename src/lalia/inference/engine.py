@@ -32,9 +32,9 @@ PREFILL_TOKENS_ALONE, PREFILL_TOKENS_BESIDE_OTHERS = 512, 128
 """Prompt tokens computed in one step: fewer while others generate, who wait for it."""
 
 SINGLE_THREAD_BYTES, SINGLE_THREAD_ROWS = 64 << 20, 64
-"""Models with fewer bytes of weights compute fewer rows than this on one thread. Their operations take 30 to 400
-microseconds each, too short to gain much from a second thread; and when another process has that core, every
-operation waits for it, which made steps 10 to 30 times slower where we measured."""
+"""Where fewer bytes of weights and cache are read, fewer rows than this are computed on one thread. Such operations
+take 30 to 400 microseconds each, too short to gain much from a second thread; and when another process has that core,
+every operation waits for it, which made steps 10 to 30 times slower where we measured."""
 
 
 class Engine:
@@ -66,6 +66,7 @@ class Engine:
         self.vocab_size = model.config.vocab_size
         self.decoder = Decoder(model)
         self.cache = KVCache(model.config, max_batch, self.max_length, self.decoder.dtype, self.decoder.device)
+        self._cache_bytes_per_token = model.config.cache_bytes_per_token(self.decoder.dtype.itemsize)
         self._never = _never_drawn(tokenizer, self.vocab_size, stop_ids)
         self._waiting: deque[Request] = deque()
         self._prefilling: Request | None = None
@@ -205,6 +206,7 @@ class Engine:
             end = min(len(request.prompt_ids) - 1, start + share)
             if end > start:
                 try:
+                    self._reserve(slot, request)
                     self.cache.first = slot
                     tokens = torch.tensor([request.prompt_ids[start:end]], device=self.decoder.device)
                     with self._threads(end - start):
@@ -218,6 +220,12 @@ class Engine:
             if end == len(request.prompt_ids) - 1:
                 self._prefilling, self._sampler = None, None
                 self._running.append(request)
+
+    def _reserve(self, slot: int, request: Request) -> None:
+        """Make room for a long prompt and its answer at once: growing with every piece would copy the cache often."""
+        length = len(request.prompt_ids) + (request.params.max_tokens or 1) - 1
+        if length > PREFILL_TOKENS_ALONE:
+            self.cache.reserve(slot + 1, length, exact=True)
 
     def _generate(self, first: int, end: int) -> None:
         """Draw the next token of the requests in slots first .. end."""
@@ -251,7 +259,8 @@ class Engine:
                 self._end(request, None, error)
 
     def _threads(self, rows: int) -> contextlib.AbstractContextManager[None]:
-        small = self.decoder.weight_bytes < SINGLE_THREAD_BYTES and rows < SINGLE_THREAD_ROWS
+        read = self.decoder.weight_bytes + max(self.cache.lengths) * self._cache_bytes_per_token
+        small = read < SINGLE_THREAD_BYTES and rows < SINGLE_THREAD_ROWS
         return _at_most_threads(1 if small else torch.get_num_threads())
 
     def _sampler_of(self, requests: Sequence[Request]) -> Sampler:
@@ -295,6 +304,8 @@ class Engine:
         self._sampler = None
         if self._prefilling is not None:
             self.cache.move(last + 1, last)
+            last += 1
+        self.cache.lengths[last] = 0  # what it holds is not to be kept when the cache grows
 
     def _end(self, request: Request, reason: FinishReason | None, error: Exception | None = None) -> None:
         self._counts[reason or "failed"] += 1

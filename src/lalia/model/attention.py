@@ -47,6 +47,34 @@ def attend(
     )
 
 
+def attend_behind(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Causal attention, without gradients and on a CPU, of a piece of one sequence whose keys are the last of many.
+
+    Two fused passes, over the earlier keys, all of which every token of the piece may see, and over its own ones; then
+    the two results weighted by their shares of the sum under the softmax. So no mask is needed: with one over all keys
+    the same kernel takes 1.7 times as long, and over 131,072 keys a mask of 512 rows takes 256 MiB.
+
+    Args:
+        query: (1, heads, seq, head_dim)
+        key, value: (1, key_value_heads, keys, head_dim) with keys > seq; the last seq are the piece's own.
+
+    Returns:
+        (1, heads, seq, head_dim)
+    """
+    _, heads, seq, head_dim = query.shape
+    kv_heads, before = key.shape[1], key.shape[2] - seq
+    groups = heads // kv_heads
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # scaled_dot_product_attention's, with the sums
+    # Heads that share keys stand one behind the other as one longer sequence, or as batches: keys are never repeated.
+    rows = query.reshape(1, kv_heads, groups * seq, head_dim)
+    earlier, log_earlier = flash(rows, key[:, :, :before], value[:, :, :before], scale=scale)
+    own_key, own_value = (t[0, :, None, before:].expand(-1, groups, -1, -1) for t in (key, value))
+    own, log_own = flash(rows.view(kv_heads, groups, seq, head_dim), own_key, own_value, is_causal=True, scale=scale)
+    share = torch.sigmoid(log_earlier.reshape(heads, seq, 1) - log_own.reshape(heads, seq, 1))
+    earlier, own = (t.reshape(heads, seq, head_dim).to(share.dtype) for t in (earlier, own))
+    return torch.lerp(own, earlier, share).to(query.dtype).unsqueeze(0)
+
+
 def _repeated(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """key and value with as many heads as the query."""
     repeats = query.shape[1] // key.shape[1]

@@ -258,4 +258,9 @@ class ModelConfig(Settings):
 
     def cache_bytes_per_token(self, bytes_per_value: int = 4) -> int:
         """Bytes of key-value cache that one token of one sequence occupies, in layers without a window."""
-        return 2 * self.num_hidden_layers * self.key_value_size * bytes_per_value
+        return self.cache_bytes(1, bytes_per_value)
+
+    def cache_bytes(self, length: int, bytes_per_value: int = 4) -> int:
+        """Bytes of key-value cache of one sequence of `length` tokens: a windowed layer keeps only its window."""
+        tokens = sum(min(length, self.window_of_layer(layer) or length) for layer in range(self.num_hidden_layers))
+        return 2 * self.key_value_size * bytes_per_value * tokens

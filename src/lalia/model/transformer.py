@@ -64,7 +64,7 @@ class Attention(nn.Module):
             query, key = self.query_norm(query), self.key_norm(key)
         value = value.transpose(1, 2)
         if context.cache is not None:
-            key, value = context.cache.append(self.layer, key, value, context.positions, context.num_keys)
+            key, value = context.cache.append(self.layer, key, value, context.positions)
         mask = context.mask(c.window_of_layer(self.layer))
         attended = attend(query, key, value, self.scale, mask, c.causal, c.attention_softcap)
         return self.output(attended.transpose(1, 2).reshape(batch, seq, c.query_size))
@@ -268,7 +268,6 @@ class Context:
             positions = torch.arange(seq, device=x.device) if cache is None else cache.positions(batch, seq)
         self.positions = positions
         self.seq = seq
-        self.num_keys = seq if cache is None else int(positions.max()) + 1
         self._rotary: dict[tuple[float, RopeScaling | None], tuple[Tensor, Tensor]] = {}
         self._masks: dict[int | None, Tensor | None] = {}
 
@@ -283,7 +282,7 @@ class Context:
     def mask(self, window: int | None) -> Tensor | None:
         """Boolean mask (batch or 1, 1, seq, keys), True where allowed; None where no mask is needed, or where plain
         causal attention is exact."""
-        if window is not None and window >= self.num_keys:
+        if self.cache is None and window is not None and window >= self.seq:
             window = None
         if window not in self._masks:
             self._masks[window] = self._make_mask(window)
@@ -293,18 +292,19 @@ class Context:
         if self.cache is None:
             if self.document_ids is None and window is None:
                 return None
-            query = torch.arange(self.seq, device=self.positions.device)[None, :]  # (1, seq)
+            query = key = torch.arange(self.seq, device=self.positions.device)[None, :]  # (1, seq)
         else:
             query = self.positions  # (batch, seq)
-            if query.shape[0] == 1 and window is None and (self.seq == 1 or self.num_keys == self.seq):
+            key = self.cache.key_positions(query, window)  # (batch, keys)
+            if query.shape[0] == 1 and window is None and (self.seq == 1 or key.shape[1] == self.seq):
                 return None
-        key = torch.arange(self.num_keys, device=query.device)
+        query, key = query[:, :, None], key[:, None, :]
         if self.config.causal:
-            allowed = key <= query[..., None]  # (batch or 1, seq, keys)
+            allowed = key <= query  # (batch or 1, seq, keys)
         else:
-            allowed = torch.ones(1, self.seq, self.num_keys, dtype=torch.bool, device=query.device)
+            allowed = torch.ones(1, self.seq, self.seq, dtype=torch.bool, device=query.device)
         if window is not None:
-            allowed &= key > query[..., None] - window
+            allowed &= (key > query - window) & (key >= 0)
         if self.document_ids is not None:
             allowed = allowed & (self.document_ids[:, :, None] == self.document_ids[:, None, :])
         return cast(Tensor, allowed).unsqueeze(1)
