@@ -1,10 +1,10 @@
 """Between the separate tensors of a file and the fused weights of a `Transformer`."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lalia.errors import CorruptFile, UserError
 from lalia.model.config import ModelConfig
@@ -41,11 +41,21 @@ class TensorSource(Protocol):
 NOT_FLOATS = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "F8_E4M3", "F8_E5M2")
 
 
-def assemble(config: ModelConfig, source: TensorSource, dtype: torch.dtype, trainable: bool = False) -> Transformer:
+Reader = Callable[[Transformer, str, Sequence[tuple[str, Piece]]], nn.Parameter | None]
+"""Makes a parameter, given its name and its pieces with their stored names, in a form of its own; None to leave it."""
+
+
+def assemble(
+    config: ModelConfig,
+    source: TensorSource,
+    dtype: torch.dtype,
+    trainable: bool = False,
+    reader: Reader | None = None,
+) -> Transformer:
     """The model of `config` with the weights of `source`, in eval mode, computing in `dtype`.
 
     Names, shapes and types are compared with what the config asks for before memory is taken. A weight that is stored
-    as it is used stays a view of the mapped file.
+    as it is used stays a view of the mapped file. `reader` may read some weights otherwise, as quantised ones are.
 
     Raises:
         CorruptFile: if weights are missing, left over, of another shape or type, or doubled; all are listed.
@@ -63,21 +73,30 @@ def assemble(config: ModelConfig, source: TensorSource, dtype: torch.dtype, trai
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     pieces = {name: family.pieces(config, name, shape) for name, shape in shapes.items()}
     _check_tensors(config, source, stored, pieces)
-    state = {name: _read(source, stored, pieces[name], shape, dtype) for name, shape in shapes.items()}
+    state: dict[str, Tensor] = {}
+    for name, shape in shapes.items():
+        made = reader and reader(model, name, [(stored[piece.name], piece) for piece in pieces[name]])
+        state[name] = _read(source, stored, pieces[name], shape, dtype) if made is None else made
     head = stored.get("lm_head.weight") if config.tie_word_embeddings else None
-    if head is not None and not torch.equal(source.tensor(head).to(dtype), state["embedding.weight"]):
+    embedding = stored[pieces["embedding.weight"][0].name] if head is not None else ""
+    if head is not None and not torch.equal(source.tensor(head).to(dtype), source.tensor(embedding).to(dtype)):
         raise CorruptFile(
             f"{source.where}: tie_word_embeddings = true, but {head} differs from the embedding; set it to false "
             "in config.json if the head is a weight of its own"
         )
-    bad = [stored[pieces[name][0].name] for name, weight in state.items() if not _finite(weight)]
+    plain = {name: weight for name, weight in state.items() if not isinstance(weight, nn.Parameter)}
+    bad = [stored[pieces[name][0].name] for name, weight in plain.items() if not _finite(weight)]
     if bad:
         kind = str(dtype).removeprefix("torch.")
         raise UserError(
             f"{source.where}: NaN or infinity in {listed(bad)} (read as {kind}); the training run diverged or the "
             "dtype is too narrow: use an earlier checkpoint or a wider dtype"
         )
-    model.load_state_dict(state, assign=True)
+    model.load_state_dict(plain, assign=True, strict=len(plain) == len(state))
+    for name, weight in state.items():
+        if isinstance(weight, nn.Parameter):
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, weight)
     model.compute_dtype = dtype
     return model.requires_grad_(trainable).eval()
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lalia.errors import UserError
 from lalia.inference.context import ROTARY_TABLE_POSITIONS, Context, Rope
+from lalia.inference.quantization import QuantizedWeight, weight_bytes
 from lalia.model.cache import KVCache
 from lalia.model.config import ModelConfig
 from lalia.model.experts import Linear as ModelLinear
@@ -66,10 +67,10 @@ class Decoder:
             return False
         c, model = self.config, self.model
         self._versions, self.dtype, self.device = versions, dtype, model.embedding.weight.device
-        self.weight_bytes = sum(p.numel() for p in model.parameters()) * dtype.itemsize
+        self.weight_bytes = weight_bytes(model, dtype)
         copy = self.weight_bytes <= COPY_LIMIT_BYTES
         with torch.inference_mode():
-            self.embedding = model.embedding.weight.detach().to(dtype)
+            self.embedding = model.embedding.weight.detach().to(dtype)  # a quantised one stays as it is
             learned = c.positions == "learned"
             self.position_embedding = model.position_embedding.weight.detach().to(dtype) if learned else None
             self.embedding_norm = _norm(model.embedding_norm, c.hidden_size, c, dtype, self.device)
@@ -95,7 +96,7 @@ class Decoder:
         batch, seq = tokens.shape
         assert batch == 1 or seq == 1
         context = Context(self, cache, batch, seq)
-        x = F.embedding(tokens.view(-1), self.embedding)  # (rows, hidden)
+        x = F.embedding(tokens.view(-1), self.embedding).to(self.dtype)  # (rows, hidden)
         if c.embedding_multiplier != 1.0:
             x.mul_(torch.tensor(c.embedding_multiplier, dtype=x.dtype))
         if self.position_embedding is not None:
@@ -138,12 +139,15 @@ class Linear:
 
     For one row the product is read column by column (x is a row, W^T has contiguous rows) where W is not narrow:
     MKL's product with W as it lies takes up to three times as long. For more rows it is oneDNN's, from blocks packed
-    for it, up to twice as fast as MKL's.
+    for it, up to twice as fast as MKL's. A quantised W has a kernel of its own.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, copy: bool) -> None:
-        weight = weight.detach().to(dtype)
         self.bias = None if bias is None else bias.detach().to(dtype)
+        self.quantized = weight.kernel if isinstance(weight, QuantizedWeight) else None
+        if self.quantized is not None:
+            return
+        weight = weight.detach().to(dtype)
         copy = copy and weight.device.type == "cpu" and dtype == torch.float32
         wide = weight.shape[0] >= weight.shape[1]
         self.columns = weight.t().contiguous() if copy and wide else weight.t()  # (in, out)
@@ -152,6 +156,8 @@ class Linear:
             self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, 16)
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self.quantized is not None:
+            return self.quantized(x, self.bias)
         if self.packed is None or x.shape[0] == 1:
             return torch.mm(x, self.columns) if self.bias is None else torch.addmm(self.bias, x, self.columns)
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
