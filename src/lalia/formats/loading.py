@@ -15,7 +15,7 @@ from lalia.errors import CorruptFile, UserError
 from lalia.files import read_json
 from lalia.formats.gguf.file import GGUFFile
 from lalia.formats.hf_folder import CONFIG, GENERATION, SafetensorFiles, read_config
-from lalia.formats.weights import TensorSource, assemble
+from lalia.formats.weights import Reader, TensorSource, assemble
 from lalia.model.config import ModelConfig
 from lalia.model.families import registry
 from lalia.model.transformer import Transformer
@@ -40,9 +40,11 @@ class OpenModel:
     source: TensorSource
     end_ids: frozenset[int]
 
-    def model(self, dtype: torch.dtype = torch.float32, trainable: bool = False) -> Transformer:
+    def model(
+        self, dtype: torch.dtype = torch.float32, trainable: bool = False, reader: Reader | None = None
+    ) -> Transformer:
         """Read the weights; see `lalia.formats.weights.assemble`."""
-        return assemble(self.config, self.source, dtype, trainable)
+        return assemble(self.config, self.source, dtype, trainable, reader)
 
     def needed_tokenizer(self) -> Tokenizer:
         """The tokenizer; UserError where there is none."""

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from lalia.errors import UserError
-from lalia.formats.loading import open_model
+from lalia.formats.loading import gguf_path, open_model
 from lalia.formats.store import find_model, stored_name
 from lalia.inference.engine import Engine, FinishReason, Request, TokenLogprob
+from lalia.inference.quantization import quantized_reader
 from lalia.inference.sampling import SamplingParams
 from lalia.model.config import ModelConfig
 from lalia.model.transformer import Transformer
@@ -204,20 +205,30 @@ class LanguageModel:
                 request.cancel()
 
 
-def load(folder: Path | str, max_batch: int = 16) -> LanguageModel:
-    """Load a model folder (config.json, model.safetensors, tokenizer.json).
+def load(
+    model: Path | str,
+    max_batch: int = 16,
+    max_length: int | None = None,
+    quantize: Literal["int8", "int4", "none"] | None = None,
+) -> LanguageModel:
+    """Load a model: a Hugging Face folder, a GGUF file, or a name in the model store.
 
     Args:
         max_batch: generations computed at the same time.
+        max_length: longest sequence in tokens, prompt and answer together; None means the model's context.
+        quantize: weights of floating point become integers of 8 or 4 bits. None leaves them as they are, and those
+            that a GGUF file has as integers too; "none" makes everything float32.
 
     Raises:
-        UserError, CorruptFile: if it is no complete model folder.
+        UserError, CorruptFile: if it is no complete model.
     """
-    path = find_model(folder)
+    path = find_model(model)
     with open_model(path) as files:
         tokenizer = files.needed_tokenizer()
-        model = files.model()
-    return LanguageModel(model, tokenizer, _name(path), max_batch, stop_ids=files.end_ids)
+        how = None if quantize == "none" else quantize
+        keep = quantize != "none" and (how is not None or gguf_path(path) is not None)
+        transformer = files.model(reader=quantized_reader(files.source, how) if keep else None)
+    return LanguageModel(transformer, tokenizer, _name(path), max_batch, max_length, files.end_ids)
 
 
 def _name(path: Path) -> str:
