@@ -139,6 +139,7 @@ def read_config(folder: Path, part: str | None = None) -> ModelConfig:
 
 def _check_folder(folder: Path) -> None:
     if folder.is_dir():
+        _refuse_links_out(folder)
         return
     if folder.exists():
         raise UserError(f"{folder} is a file; give the folder that holds {CONFIG}")
@@ -156,12 +157,38 @@ def _check_folder(folder: Path) -> None:
 def _read_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unambiguous)
     except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise CorruptFile(f"{path} is not valid JSON ({error}); copy or make the model folder again") from None
     if not isinstance(values, dict):
         raise CorruptFile(f"{path} holds {type(values).__name__}, expected an object; copy or make the folder again")
     return values
+
+
+def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these pairs; programs disagree about which of two equal keys counts."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(key for key in values if keys.count(key) > 1)!r} is there twice")
+    return values
+
+
+def _refuse_links_out(folder: Path) -> None:
+    """Refuse links in a model folder to what is elsewhere.
+
+    Such a link can come with an archive or a clone, and would carry a private file of the reader's into whatever is
+    made of the model. The Hub's cache is allowed: there snapshots/REVISION/FILE is a link into blobs beside snapshots.
+    A link to the whole folder is the user's own.
+    """
+    inside = folder.resolve()
+    allowed = [inside, *([inside.parent.parent / "blobs"] if inside.parent.name == "snapshots" else [])]
+    for path in folder.iterdir():
+        if path.is_symlink() and not any(path.resolve().is_relative_to(place) for place in allowed):
+            raise UserError(
+                f"{path} is a link to {path.resolve()}, outside the model folder; copy the file there, or give the "
+                "folder that holds it"
+            )
 
 
 def _weight_paths(folder: Path) -> list[Path]:
