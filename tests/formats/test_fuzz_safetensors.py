@@ -30,6 +30,10 @@ from lalia.model.transformer import Transformer
 from lalia.tokenizer.bpe import train_tokenizer
 from lalia.tokenizer.config import TokenizerConfig
 
+SIZE_KEYS = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "intermediate_size",
+)  # fmt: skip
 NUM_CASES = 1000
 LIMIT_BYTES = 256 << 20
 """The folders are 120 kB; PyTorch's own arenas and threads need some of this."""
@@ -186,7 +190,9 @@ def _mutate_json(path: Path, rng: random.Random) -> str:
             values.pop("architectures")
         said = f"{key} = {value!r}"[:100]
     else:
-        parent, key, steps = values, "", []
+        parent: Any = values
+        key: Any = ""
+        steps: list[Any] = []
         while isinstance(parent, dict | list) and parent:
             key = rng.choice(sorted(parent) if isinstance(parent, dict) else range(len(parent)))
             steps.append(key)
@@ -295,10 +301,25 @@ def test_changed_at_random(seeds: Path) -> None:
     assert min(result["outcomes"][kind] for kind in ("loaded", "UserError", "CorruptFile")) > 50, result["outcomes"]
 
 
+def enormous(seeds: Path) -> None:
+    """Sizes that the file does not have, which must be found out before memory is taken."""
+    folder = shutil.copytree(seeds / "whole", seeds / "enormous")
+    path = folder / "config.json"
+    values = json.loads(path.read_text())
+    for key in SIZE_KEYS:
+        for size in (10**5, 10**9, 2**40, 2**62):
+            path.write_text(json.dumps({**values, key: size}))
+            try:
+                load_model(folder)
+            except UserError:
+                continue
+            raise AssertionError(f"{key} = {size} was accepted")
+
+
 def careless(folder: Path) -> None:
     """Negative control: a loader without checks."""
     config = json.loads((folder / "config.json").read_text())
-    config["vocab_size"], config["hidden_size"], config["architectures"][0]
+    assert config["vocab_size"] * config["hidden_size"] > 0 and config["architectures"][0]
 
 
 def deadly(folder: Path) -> None:
@@ -311,6 +332,15 @@ def deadly(folder: Path) -> None:
 
 
 ATTEMPTS = {"use": use, "deadly": deadly}
+
+
+def test_sizes_are_believed_only_as_far_as_the_file_has_them(seeds: Path) -> None:
+    """hidden_size = 10**9 and the like are refused before memory is taken."""
+    limited = "import sys; from pathlib import Path; from tests.formats.test_fuzz_safetensors import *; "
+    limited += "seeds = Path(sys.argv[1]); use(seeds / 'whole'); limit_memory(); enormous(seeds)"
+    command = [sys.executable, "-c", limited, str(shutil.copytree(seeds, seeds.with_name("seeds-enormous")))]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_careless_loaders_are_found_out(seeds: Path) -> None:
