@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from lalia.errors import CorruptFile, UserError
-from lalia.formats.hf_folder import load_folder, load_model
+from lalia.formats.hf_folder import load_model
+from lalia.formats.loading import load_folder
 from tests.formats.test_fuzz_safetensors import write_seeds
 
 NORM, EMBEDDING = "model.norm.weight", "model.embed_tokens.weight"
