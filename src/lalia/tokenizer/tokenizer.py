@@ -5,6 +5,7 @@ transformers, vLLM and, through GGUF, llama.cpp. lalia.tokenizer.importers reads
 """
 
 import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -93,6 +94,12 @@ class Tokenizer:
         self.chat_template: str | None = settings.get("chat_template")
         self._backend = _backend(specification.working_copy(content, self.special) or tokenizer_json)
         self._check_backend(added)
+        self._continuing: Backend | None = None
+        if any(step["type"] == "Metaspace" and step.get("prepend_scheme") == "first" for step in _pre_steps(content)):
+            for step in _pre_steps(content):
+                if step["type"] == "Metaspace":
+                    step["prepend_scheme"] = "never"
+            self._continuing = _backend(specification.working_copy(content, self.special) or json.dumps(content))
 
     @classmethod
     def load(cls, folder: Path | str) -> Self:
@@ -173,6 +180,15 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text, on all cores."""
         return [encoding.ids for encoding in self._encodings(texts)]
+
+    def encode_after_special(self, text: str) -> list[int]:
+        """`encode` of a piece of text that follows a special token, as in a rendered chat template.
+
+        It differs for tokenizers that put a space before the whole text only (Metaspace with prepend_scheme "first").
+        """
+        if self._continuing is None:
+            return self.encode(text)
+        return self._encodings([text], self._continuing)[0].ids
 
     def encode_with_specials(
         self, texts: Sequence[str], pairs: Sequence[str] | None = None, max_tokens: int | None = None
@@ -327,9 +343,9 @@ class Tokenizer:
         token = getattr(self, f"{role}_token")
         return None if token is None else self._ids.get(token)
 
-    def _encodings(self, texts: Sequence[str]) -> list[Any]:
+    def _encodings(self, texts: Sequence[str], backend: Backend | None = None) -> list[Any]:
         try:
-            return self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+            return (backend or self._backend).encode_batch_fast(list(texts), add_special_tokens=False)
         except (UnicodeEncodeError, TypeError):
             _refuse_surrogates(texts)
             raise
@@ -363,6 +379,10 @@ class Tokenizer:
         wrong = next((i for i in probe.ids if not 0 <= i < self.vocab_size), None)
         if wrong is not None:
             raise CorruptFile(f"it puts the id {wrong} around a text, but the vocabulary has {self.vocab_size} ids")
+
+
+def _pre_steps(content: dict[str, Any]) -> list[dict[str, Any]]:
+    return list(specification.steps_of(content.get("pre_tokenizer")))
 
 
 def _backend(tokenizer_json: str) -> Backend:
