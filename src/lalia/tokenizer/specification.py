@@ -45,7 +45,7 @@ def parse(text: str) -> dict[str, Any]:
     for key in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
         _check_component(content.get(key), key)
     unknown = model.get("unk_token")
-    if kind in ("WordPiece", "WordLevel") and unknown not in vocabulary:
+    if kind in ("WordPiece", "WordLevel") and (not isinstance(unknown, str) or unknown not in vocabulary):
         raise CorruptFile(f"the unknown token {unknown!r} is not in the vocabulary")
     return content
 

@@ -160,7 +160,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             raise UserError(f"the chat template takes more than {MAX_SECONDS:g} seconds on this conversation")
 
     def check_size(self, size: int) -> None:
-        """Refuse to build so many characters."""
+        """Refuse to build so many characters, or any after the time is over."""
+        self.step()
         self._built += size
         if size > MAX_RENDERED_CHARACTERS:
             raise UserError(f"the chat template computes text of {size} characters; at most {MAX_RENDERED_CHARACTERS}")

@@ -84,6 +84,9 @@ class Tokenizer:
             setattr(self, f"{role}_token", token)
         self.special: dict[str, int] = dict(sorted(special.items(), key=lambda item: item[1]))
         self.vocab_size: int = max(self._ids.values()) + 1
+        # The library checks the types of everything below first.
+        self._backend = _backend(specification.working_copy(content, self.special) or tokenizer_json)
+        self._check_backend(added)
         suffix = model.get("end_of_word_suffix")
         special_ids = set(self.special.values())
         self._texts = token_texts(content.get("decoder"), suffix, self._ids, special_ids, self.vocab_size)
@@ -92,8 +95,6 @@ class Tokenizer:
         # As transformers does, except for BPE, which that would damage.
         self._cleans_up = settings.get("clean_up_tokenization_spaces") is True and self.kind != "BPE"
         self.chat_template: str | None = settings.get("chat_template")
-        self._backend = _backend(specification.working_copy(content, self.special) or tokenizer_json)
-        self._check_backend(added)
         self._continuing: Backend | None = None
         if any(step["type"] == "Metaspace" and step.get("prepend_scheme") == "first" for step in _pre_steps(content)):
             for step in _pre_steps(content):
@@ -371,12 +372,12 @@ class Tokenizer:
             if i is not None and i != entry["id"]:
                 raise CorruptFile(f"added token {entry['content']!r} has id {entry['id']}, which would become {i}")
         try:
-            probe = self._backend.encode("a 1\n", "b")
+            probe = [*self._backend.encode("a 1\n").ids, *self._backend.encode("a 1\n", "b").ids]
         except BaseException as error:
             if not _of_the_library(error):
                 raise
             raise CorruptFile(f"no usable tokenizer ({str(error)[:200]})") from None
-        wrong = next((i for i in probe.ids if not 0 <= i < self.vocab_size), None)
+        wrong = next((i for i in probe if not 0 <= i < self.vocab_size), None)
         if wrong is not None:
             raise CorruptFile(f"it puts the id {wrong} around a text, but the vocabulary has {self.vocab_size} ids")
 
@@ -405,11 +406,11 @@ def _of_the_library(error: BaseException) -> bool:
 
 
 def _shares(first: int, second: int, room: int) -> tuple[int, int]:
-    """What two texts keep of so many tokens: the longer one is cut first, the first of two equally long ones last."""
+    """What two texts keep of so many tokens: the longer one is cut first, as transformers' "longest_first" does."""
     if first + second <= room:
         return first, second
     shorter = min(first, second, room // 2)
-    return (room - shorter, shorter) if first >= second else (shorter, room - shorter)
+    return (room - shorter, shorter) if first > second else (shorter, room - shorter)
 
 
 def _token_text(token: Any) -> str | None:
