@@ -152,7 +152,9 @@ def mutate(content: bytes, draw: random.Random) -> bytes:
 def mutate_json(content: Any, draw: random.Random) -> Any:
     """Replace a value somewhere in a JSON document by one of another kind."""
     content = copy.deepcopy(content)
-    holder, key, value = None, None, content
+    holder: Any = None
+    key: Any = None
+    value = content
     for _ in range(draw.randrange(1, 6)):
         if not isinstance(value, dict | list) or not value:
             break

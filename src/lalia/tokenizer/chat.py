@@ -23,12 +23,13 @@ CHAT_TEMPLATE = (
 ROLES = ("system", "user", "assistant")
 
 
-def render(tokenizer: "Tokenizer", messages: Sequence[dict[str, str]], add_generation_prompt: bool) -> list[int]:
+def render(tokenizer: "Tokenizer", messages: Sequence[dict[str, Any]], add_generation_prompt: bool) -> list[int]:
     """Token ids of a conversation.
 
     Args:
         tokenizer: with the ChatML template of Lalia, or with one of its own, which then is rendered in a sandbox.
-        messages: {"role": "system" | "user" | "assistant", "content": str} each, at least one.
+        messages: {"role": "system" | "user" | "assistant", "content": str} each, at least one. For a template
+            of its own, an assistant's content may be None.
         add_generation_prompt: end with the opening of an assistant's turn.
 
     Raises:
@@ -42,7 +43,7 @@ def render(tokenizer: "Tokenizer", messages: Sequence[dict[str, str]], add_gener
     return _render_foreign(tokenizer, messages, add_generation_prompt)
 
 
-def render_with_mask(tokenizer: "Tokenizer", messages: Sequence[dict[str, str]]) -> tuple[list[int], list[int]]:
+def render_with_mask(tokenizer: "Tokenizer", messages: Sequence[dict[str, Any]]) -> tuple[list[int], list[int]]:
     """Token ids of a conversation and, for each, 1 where the assistant is to be trained to produce it.
 
     That is the content of every assistant message and the <|im_end|> that closes it; the mask belongs to the token as
@@ -59,7 +60,7 @@ def render_with_mask(tokenizer: "Tokenizer", messages: Sequence[dict[str, str]])
     return _render_chatml(tokenizer, messages)
 
 
-def _render_chatml(tokenizer: "Tokenizer", messages: Sequence[dict[str, str]]) -> tuple[list[int], list[int]]:
+def _render_chatml(tokenizer: "Tokenizer", messages: Sequence[dict[str, Any]]) -> tuple[list[int], list[int]]:
     check_messages(messages)
     # One call for all texts. An assistant's content is encoded apart from its header because generation starts right
     # after the header: the ids trained on are the ids that generation meets.
@@ -104,7 +105,7 @@ def check_messages(messages: Any, may_be_none: bool = False) -> None:
 
 
 def _render_foreign(
-    tokenizer: "Tokenizer", messages: Sequence[dict[str, str]], add_generation_prompt: bool
+    tokenizer: "Tokenizer", messages: Sequence[dict[str, Any]], add_generation_prompt: bool
 ) -> list[int]:
     """Ids of a template that came with a model folder: its specials become ids, those that people wrote do not.
 
