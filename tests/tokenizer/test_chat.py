@@ -8,7 +8,8 @@ import pytest
 
 from lalia.errors import UserError
 from lalia.tokenizer.bpe import Tokenizer
-from lalia.tokenizer.chat import CHAT_TEMPLATE, render, render_template, render_with_mask
+from lalia.tokenizer.chat import CHAT_TEMPLATE, render, render_with_mask
+from lalia.tokenizer.template import render_template
 
 CONVERSATIONS = [
     [{"role": "user", "content": "What time is it?"}],

@@ -1,1 +1,1 @@
-"""The tokenizer: byte-level BPE training and loading, chat templates with loss masks, streaming text."""
+"""Tokenizers: byte-level BPE training, every kind of text tokenizer, chat templates with loss masks, streaming."""

@@ -45,7 +45,7 @@ def parse(text: str) -> dict[str, Any]:
     for key in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
         _check_component(content.get(key), key)
     unknown = model.get("unk_token")
-    if kind in ("WordPiece", "WordLevel") and unknown not in vocabulary:
+    if kind in ("WordPiece", "WordLevel") and (not isinstance(unknown, str) or unknown not in vocabulary):
         raise CorruptFile(f"the unknown token {unknown!r} is not in the vocabulary")
     return content
 
@@ -86,14 +86,15 @@ def vocabulary_of(model: dict[str, Any]) -> dict[str, int]:
     return vocab
 
 
-def check_id(token: str, i: Any) -> None:
-    """Refuse what can be no id.
+def check_id(token: str, i: Any) -> int:
+    """`i`, if it can be an id.
 
     Raises:
         CorruptFile: naming the token.
     """
     if not _whole(i) or not 0 <= i < MAX_IDS:
         raise CorruptFile(f"token {token!r} has the id {i!r}, expected a whole number from 0 to {MAX_IDS - 1}")
+    return i
 
 
 def _check_added(content: dict[str, Any], vocabulary: dict[str, int]) -> None:
@@ -105,8 +106,8 @@ def _check_added(content: dict[str, Any], vocabulary: dict[str, int]) -> None:
     for entry in added:
         if not isinstance(entry, dict) or not isinstance(entry.get("content"), str) or not entry["content"]:
             raise CorruptFile(f"added token {entry!r:.80} has no content")
-        token, i = entry["content"], entry.get("id")
-        check_id(token, i)
+        token = entry["content"]
+        i = check_id(token, entry.get("id"))
         flags = ("special", "single_word", "lstrip", "rstrip", "normalized")
         if any(not isinstance(entry.get(flag, False), bool) for flag in flags):
             raise CorruptFile(f"added token {token!r} has a flag that is neither true nor false")

@@ -5,6 +5,7 @@ transformers, vLLM and, through GGUF, llama.cpp. lalia.tokenizer.importers reads
 """
 
 import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -83,6 +84,9 @@ class Tokenizer:
             setattr(self, f"{role}_token", token)
         self.special: dict[str, int] = dict(sorted(special.items(), key=lambda item: item[1]))
         self.vocab_size: int = max(self._ids.values()) + 1
+        # The library checks the types of everything below first.
+        self._backend = _backend(specification.working_copy(content, self.special) or tokenizer_json)
+        self._check_backend(added)
         suffix = model.get("end_of_word_suffix")
         special_ids = set(self.special.values())
         self._texts = token_texts(content.get("decoder"), suffix, self._ids, special_ids, self.vocab_size)
@@ -91,8 +95,12 @@ class Tokenizer:
         # As transformers does, except for BPE, which that would damage.
         self._cleans_up = settings.get("clean_up_tokenization_spaces") is True and self.kind != "BPE"
         self.chat_template: str | None = settings.get("chat_template")
-        self._backend = _backend(specification.working_copy(content, self.special) or tokenizer_json)
-        self._check_backend(added)
+        self._continuing: Backend | None = None
+        if any(step["type"] == "Metaspace" and step.get("prepend_scheme") == "first" for step in _pre_steps(content)):
+            for step in _pre_steps(content):
+                if step["type"] == "Metaspace":
+                    step["prepend_scheme"] = "never"
+            self._continuing = _backend(specification.working_copy(content, self.special) or json.dumps(content))
 
     @classmethod
     def load(cls, folder: Path | str) -> Self:
@@ -173,6 +181,15 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text, on all cores."""
         return [encoding.ids for encoding in self._encodings(texts)]
+
+    def encode_after_special(self, text: str) -> list[int]:
+        """`encode` of a piece of text that follows a special token, as in a rendered chat template.
+
+        It differs for tokenizers that put a space before the whole text only (Metaspace with prepend_scheme "first").
+        """
+        if self._continuing is None:
+            return self.encode(text)
+        return self._encodings([text], self._continuing)[0].ids
 
     def encode_with_specials(
         self, texts: Sequence[str], pairs: Sequence[str] | None = None, max_tokens: int | None = None
@@ -327,9 +344,9 @@ class Tokenizer:
         token = getattr(self, f"{role}_token")
         return None if token is None else self._ids.get(token)
 
-    def _encodings(self, texts: Sequence[str]) -> list[Any]:
+    def _encodings(self, texts: Sequence[str], backend: Backend | None = None) -> list[Any]:
         try:
-            return self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+            return (backend or self._backend).encode_batch_fast(list(texts), add_special_tokens=False)
         except (UnicodeEncodeError, TypeError):
             _refuse_surrogates(texts)
             raise
@@ -355,14 +372,18 @@ class Tokenizer:
             if i is not None and i != entry["id"]:
                 raise CorruptFile(f"added token {entry['content']!r} has id {entry['id']}, which would become {i}")
         try:
-            probe = self._backend.encode("a 1\n", "b")
+            probe = [*self._backend.encode("a 1\n").ids, *self._backend.encode("a 1\n", "b").ids]
         except BaseException as error:
             if not _of_the_library(error):
                 raise
             raise CorruptFile(f"no usable tokenizer ({str(error)[:200]})") from None
-        wrong = next((i for i in probe.ids if not 0 <= i < self.vocab_size), None)
+        wrong = next((i for i in probe if not 0 <= i < self.vocab_size), None)
         if wrong is not None:
             raise CorruptFile(f"it puts the id {wrong} around a text, but the vocabulary has {self.vocab_size} ids")
+
+
+def _pre_steps(content: dict[str, Any]) -> list[dict[str, Any]]:
+    return list(specification.steps_of(content.get("pre_tokenizer")))
 
 
 def _backend(tokenizer_json: str) -> Backend:
@@ -385,11 +406,11 @@ def _of_the_library(error: BaseException) -> bool:
 
 
 def _shares(first: int, second: int, room: int) -> tuple[int, int]:
-    """What two texts keep of so many tokens: the longer one is cut first, the first of two equally long ones last."""
+    """What two texts keep of so many tokens: the longer one is cut first, as transformers' "longest_first" does."""
     if first + second <= room:
         return first, second
     shorter = min(first, second, room // 2)
-    return (room - shorter, shorter) if first >= second else (shorter, room - shorter)
+    return (room - shorter, shorter) if first > second else (shorter, room - shorter)
 
 
 def _token_text(token: Any) -> str | None:

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 from lalia.errors import CorruptFile
 from lalia.tokenizer.decoding import METASPACE
-from lalia.tokenizer.specification import TEXT_START
 from lalia.tokenizer.tokenizer import Tokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)

@@ -198,7 +198,7 @@ def _wordpiece(vocabulary: _Vocabulary) -> Tokenizer:
     for token, kind in zip(written, kinds, strict=True):
         if token.startswith(METASPACE) and len(token) > 1:
             tokens.append(token[1:])
-        elif kind == CONTROL or kind == UNKNOWN or (token.startswith("[") and token.endswith("]")):
+        elif kind in (CONTROL, UNKNOWN) or (token.startswith("[") and token.endswith("]")):
             tokens.append(token)
         else:
             tokens.append("##" + token)
