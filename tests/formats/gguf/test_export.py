@@ -1,5 +1,6 @@
 """A model of Lalia's, written to GGUF and run by llama.cpp; and what a file holds, read by the gguf package."""
 
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lalia.errors import UserError
-from lalia.files import read_json
-from lalia.formats.gguf import GGUFFile, save_gguf
+from lalia.formats.gguf import GGUFFile, convert_folder, save_gguf
 from lalia.formats.gguf.quantize import quantize
 from lalia.formats.hf_folder import load_model, save_model
 from lalia.model.config import ModelConfig
@@ -26,8 +26,8 @@ from tests.formats.gguf.models import VOCAB, tiny
 PROMPT = "The quick brown fox. \u00dcber 12 \u00c4pfel; \u4e16\u754c \U0001f642\n\tx = [1, 2]"
 TOLERANCES = {"F32": 1e-5, "F16": 0.02, "BF16": 0.1, "Q8_0": 0.25, "Q4_0": 0.35, "Q4_1": 0.35}
 """Largest difference of a log probability between llama.cpp and float32 on the same (dequantized) weights. llama.cpp
-rounds activations to the weights' kind: to float16 for F16, to 8 bits for the quantized ones. Measured: 2e-6, 0.003,
-0.02, 0.06, 0.06, 0.07."""
+rounds activations to the weights' kind: to float16 for F16, to 8 bits for the quantized ones. Measured: 3e-6, 0.003,
+0.02, 0.10, 0.08, 0.06."""
 
 
 @pytest.fixture(params=["qwen3", "llama"])
@@ -51,12 +51,6 @@ def model(request: pytest.FixtureRequest) -> Transformer:
     return model
 
 
-def folder_of(model: Transformer, folder: Path, generation: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """config.json and tensors of the model's folder."""
-    save_model(model, folder, generation)
-    return read_json(folder / "config.json"), load_file(folder / "model.safetensors")
-
-
 @torch.no_grad()
 def logits_of(model: Transformer, tokens: list[int]) -> Tensor:
     """(seq, vocab_size)"""
@@ -69,8 +63,11 @@ def test_llama_cpp_runs_what_was_written(
     kind: str, model: Transformer, tmp_path: Path, tokenizer_folder: Path, tokenizer: Tokenizer
 ) -> None:
     """Ids, probabilities, greedy tokens and rendered chat are the same."""
-    values, tensors = folder_of(model, tmp_path / "folder", {"eos_token_id": tokenizer.turn_end_id})
-    saved = save_gguf(tmp_path / "model.gguf", values, tensors, tokenizer_folder, kind)
+    folder = tmp_path / "folder"
+    save_model(model, folder, {"eos_token_id": tokenizer.turn_end_id})
+    shutil.copytree(tokenizer_folder, folder, dirs_exist_ok=True)
+    saved = convert_folder(folder, tmp_path / "model.gguf", kind)
+    tensors = load_file(folder / "model.safetensors")
     tokens = tokenizer.encode(PROMPT)
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello?"}]
     ids, got, greedy, prompt = ask(
@@ -87,6 +84,7 @@ def test_llama_cpp_runs_what_was_written(
     assert rendered == render(tokenizer, messages, add_generation_prompt=True)
     # The same model on the weights that the file holds.
     file = GGUFFile(saved.path)
+    assert file.metadata["tokenizer.ggml.eos_token_id"] == tokenizer.turn_end_id
     for name, tensor in tensors.items():
         tensor.copy_(file.tensor(name))
     _replace_weights(model, tensors)
