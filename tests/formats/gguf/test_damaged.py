@@ -141,7 +141,7 @@ DAMAGES: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
     "zero size": ("head_count = 0", lambda c: _number_at(c, HEADS, 4, "<I", 0)),
     "more layers than tensors": ("block_count", lambda c: _number_at(c, "llama.block_count", 4, "<I", 1 << 30)),
     "heads that do not divide the rows": ("do not divide", lambda c: _number_at(c, HEADS, 4, "<I", 3)),
-    "tensor of another architecture": ("does not have: blk.0.attn_x", lambda c: c.replace(b"blk.0.attn_v", b"blk.0.attn_x")),
+    "foreign tensor": ("does not have: blk.0.attn_x", lambda c: c.replace(b"blk.0.attn_v", b"blk.0.attn_x")),
 }  # fmt: skip
 
 

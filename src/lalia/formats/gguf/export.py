@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lalia.errors import UserError
+from lalia.files import read_json
 from lalia.formats.gguf.architectures import EMBEDDING, HEAD, Architecture, architecture_of_model_type, pattern
 from lalia.formats.gguf.config_in import config_values as read_back
 from lalia.formats.gguf.config_out import config_metadata, rope_divisors
@@ -17,6 +18,7 @@ from lalia.formats.gguf.container_out import NewTensor, write_container
 from lalia.formats.gguf.kinds import KINDS
 from lalia.formats.gguf.quantize import WRITTEN, quantize
 from lalia.formats.gguf.vocabulary import vocabulary_metadata
+from lalia.formats.hf_folder import SafetensorFiles, read_config
 from lalia.model.config import ModelConfig
 from lalia.model.families import registry
 
@@ -30,8 +32,8 @@ NOT_IN_CONTEXT = {"family", "router_aux_loss_coef", "router_z_loss_coef", "slidi
 """Settings that may differ in the file: training's, and those compared layer by layer."""
 
 
-class TensorSource(Protocol):
-    """Tensors under Hugging Face names; a `GGUFFile` is one."""
+class NamedTensors(Protocol):
+    """Tensors under Hugging Face names; every `lalia.formats.weights.TensorSource` is such."""
 
     def names(self) -> list[str]: ...
 
@@ -41,7 +43,7 @@ class TensorSource(Protocol):
 
 
 class InMemory:
-    """A `TensorSource` of tensors that are in memory."""
+    """A `NamedTensors` of tensors that are in memory."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = tensors
@@ -76,7 +78,7 @@ class Saved:
 def save_gguf(
     path: Path | str,
     config_values: Mapping[str, Any],
-    tensors: TensorSource | Mapping[str, Tensor],
+    tensors: NamedTensors | Mapping[str, Tensor],
     tokenizer_folder: Path | str | None,
     kind: str = "F16",
     name: str | None = None,
@@ -151,8 +153,27 @@ def save_gguf(
     return saved
 
 
+def convert_folder(folder: Path | str, path: Path | str, kind: str = "F16") -> Saved:
+    """Write a model folder (config.json, safetensors, tokenizer) to a GGUF file; see `save_gguf`.
+
+    Raises:
+        UserError: if there is no such folder, or for what `save_gguf` refuses.
+        CorruptFile: if a file of the folder is damaged.
+    """
+    folder = Path(folder)
+    read_config(folder)  # with the messages of a folder that is none
+    values = read_json(folder / "config.json")
+    generation = folder / "generation_config.json"
+    # What a model was saved to generate with, among it the tokens that end its answers, goes before config.json.
+    said = read_json(generation) if generation.is_file() else {}
+    ids = {key: said[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if said.get(key) is not None}
+    tokenizer = folder if (folder / "tokenizer.json").is_file() else None
+    with SafetensorFiles(folder) as files:
+        return save_gguf(path, values | ids, files, tokenizer, kind, name=folder.resolve().name)
+
+
 def _collect(
-    architecture: Architecture, config: ModelConfig, source: TensorSource, saved: Saved
+    architecture: Architecture, config: ModelConfig, source: NamedTensors, saved: Saved
 ) -> dict[str, list[str]]:
     """The file's tensors in its order: its name -> the model folder's, several if experts are stacked.
 
@@ -186,10 +207,10 @@ def _collect(
     for layer in range(config.num_hidden_layers):
         for template in templates:
             ours = template.replace("#", str(layer))
-            if "#" in template and ours not in found and not _in_some_layers(config, template, layer):
+            if "#" in template and ours not in found and not _in_some_layers(config, template):
                 missing.append(ours)
     for ours, experts in found.items():
-        expected = getattr(config, "num_experts", 0) if "_exps." in ours else 1
+        expected = config.num_experts if "_exps." in ours else 1
         if sorted(experts) != list(range(expected)):
             missing.append(f"{ours} (experts {sorted(experts)} of {expected})")
     if missing:
@@ -216,13 +237,12 @@ def _may_be_left_out(name: str) -> bool:
     )
 
 
-def _in_some_layers(config: ModelConfig, template: str, layer: int) -> bool:
+def _in_some_layers(config: ModelConfig, template: str) -> bool:
     """Whether a layer may lack a tensor that others have: experts and their router, or what stands in their place."""
-    dense_layers = getattr(config, "dense_layers", ())
-    return bool(dense_layers) and ("_exps" in template or "gate_inp" in template or "ffn_" in template)
+    return bool(config.dense_layers) and re.match(r"blk\.#\.ffn_(gate|up|down|gate_inp)", template) is not None
 
 
-def _file_shape(architecture: Architecture, source: TensorSource, ours: str, theirs: list[str]) -> tuple[int, ...]:
+def _file_shape(architecture: Architecture, source: NamedTensors, ours: str, theirs: list[str]) -> tuple[int, ...]:
     shape = source.shape(theirs[0])
     if pattern(ours)[0] in architecture.transposed:
         shape = shape[::-1]
@@ -247,7 +267,7 @@ class _Pieces:
         self,
         architecture: Architecture,
         config: ModelConfig,
-        source: TensorSource,
+        source: NamedTensors,
         ours: str,
         theirs: list[str],
         kind: str,

@@ -31,8 +31,8 @@ def vocabulary_metadata(folder: Path, vocab_size: int, ids: dict[str, Any]) -> t
 
     Args:
         vocab_size: rows of the embedding; ids without a token are filled with unused ones.
-        ids: bos_token_id, eos_token_id (an id or several) and pad_token_id of config.json; None or absent means what
-            tokenizer_config.json says.
+        ids: bos_token_id, eos_token_id (an id or several) and pad_token_id of config.json, for what
+            tokenizer_config.json does not name; of several eos ids a second becomes llama.cpp's eot.
 
     Raises:
         UserError: for a tokenizer that llama.cpp has no equivalent of, naming what differs.
@@ -127,17 +127,18 @@ def _special_ids(tokenizer: Tokenizer, folder: Path, ids: dict[str, Any]) -> dic
     settings = read_json(settings_path) if settings_path.is_file() else {}
     metadata: dict[str, Any] = {}
     for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
-        given: Any = ids.get(f"{name}_token_id")
-        if isinstance(given, list) and given:
-            if name == "eos" and len(given) > 1:
-                metadata["tokenizer.ggml.eot_token_id"] = given[1]
-            given = given[0]
-        if given is None:
-            text = settings.get(f"{name}_token")
-            text = text.get("content") if isinstance(text, dict) else text
-            given = tokenizer.special.get(text) if isinstance(text, str) else None
-        if given is not None:
-            metadata[f"tokenizer.ggml.{key}_token_id"] = given
+        text = settings.get(f"{name}_token")
+        text = text.get("content") if isinstance(text, dict) else text
+        given = ids.get(f"{name}_token_id")
+        candidates = [
+            *([tokenizer.special[text]] if isinstance(text, str) and text in tokenizer.special else []),
+            *(given if isinstance(given, list) else [] if given is None else [given]),
+        ]
+        if candidates:
+            metadata[f"tokenizer.ggml.{key}_token_id"] = candidates[0]
+        others = [i for i in candidates if i != candidates[0]]
+        if name == "eos" and isinstance(given, list) and others:
+            metadata["tokenizer.ggml.eot_token_id"] = others[0]
     return metadata
 
 
