@@ -83,7 +83,7 @@ def test_load_balancing_loss_at_its_ends() -> None:
 def test_layers_are_judged_one_by_one() -> None:
     """Two layers that collapse onto different experts are not balanced; counted together they would seem to be."""
     model = tiny_model(**EXPERTS | {"num_experts": 2, "num_experts_per_token": 1, "router_aux_loss_coef": 1.0})
-    layers = [torch.tensor([[20.0, 0.0]]).repeat(6, 1), torch.tensor([[0.0, 20.0]]).repeat(6, 1)]
+    layers: Any = [torch.tensor([[20.0, 0.0]]).repeat(6, 1), torch.tensor([[0.0, 20.0]]).repeat(6, 1)]
     kept = torch.ones(2, 3, dtype=torch.bool)
     assert router_loss(model, layers, kept).item() == pytest.approx(2.0, abs=1e-4)
     together: Any = load_balancing_loss_func(tuple(layers), 2, 1)
