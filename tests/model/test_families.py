@@ -25,7 +25,7 @@ SIZES: dict[str, Any] = {
     "intermediate_size": 80,
     "max_position_embeddings": 64,
 }
-DERIVED = SIZES | {"head_dim": 12}  # families that derive head_dim
+DERIVED: dict[str, Any] = SIZES | {"head_dim": 12}  # families that derive head_dim
 LAYER_NORM: dict[str, Any] = {
     "norm": "layer",
     "norm_eps": 1e-5,
@@ -34,9 +34,11 @@ LAYER_NORM: dict[str, Any] = {
     "feed_forward_bias": True,
     "gated": False,
 }
-ENCODER = DERIVED | LAYER_NORM | {"num_key_value_heads": 4, "head_dim": 12, "positions": "learned"}
-BERT = ENCODER | {"norm_order": "post", "embedding_norm": True, "causal": False, "activation": "gelu"}
-MASKED = {"head_transform": True, "head_bias": True}
+ENCODER: dict[str, Any] = DERIVED | LAYER_NORM | {"num_key_value_heads": 4, "head_dim": 12, "positions": "learned"}
+BERT: dict[str, Any] = ENCODER | {"norm_order": "post", "embedding_norm": True, "causal": False, "activation": "gelu"}
+DISTIL: dict[str, Any] = BERT | {"norm_eps": 1e-12}
+VISION: dict[str, Any] = ENCODER | {"vocab_size": 0, "max_position_embeddings": 10}
+MASKED: dict[str, Any] = {"head_transform": True, "head_bias": True}
 GEMMA: dict[str, Any] = {"norm_weight": "offset", "embedding_multiplier": 48**0.5, "activation": "gelu_tanh"}
 SLIDING, FULL = "sliding_attention", "full_attention"
 YARN = RopeScaling(kind="yarn", factor=4.0, original_max_position_embeddings=16, attention_factor=1.2, beta_fast=8.0)
@@ -119,13 +121,13 @@ CONFIGS = {
         tie_word_embeddings=False,
     ),
     "bert": ModelConfig(family="bert", **BERT, **MASKED, type_vocab_size=2),
-    "distilbert": ModelConfig(family="distilbert", **BERT | {"norm_eps": 1e-12}, **MASKED),
+    "distilbert": ModelConfig(family="distilbert", **DISTIL, **MASKED),
     "clip_text_model": ModelConfig(
         family="clip_text_model", **ENCODER, head="none", activation="quick_gelu", projection_size=24
     ),
     "clip_vision_model": ModelConfig(
         family="clip_vision_model",
-        **ENCODER | {"vocab_size": 0, "max_position_embeddings": 10},
+        **VISION,
         head="none",
         activation="quick_gelu",
         embedding_norm=True,
@@ -142,7 +144,7 @@ MORE = {
     ),
     "distilbert, classifier": ModelConfig(
         family="distilbert",
-        **BERT | {"norm_eps": 1e-12},
+        **DISTIL,
         head="classifier",
         pooler="relu",
         labels=("LABEL_0", "LABEL_1", "LABEL_2"),
@@ -326,7 +328,7 @@ def test_a_lost_spelling_is_seen(family: str) -> None:
     assert (from_hf(values) != CONFIGS[family]) == scaled
 
 
-REQUIRED = {key: SIZES[key] for key in SIZES if key not in ("num_key_value_heads", "head_dim")}
+REQUIRED: dict[str, Any] = {key: SIZES[key] for key in SIZES if key not in ("num_key_value_heads", "head_dim")}
 
 
 @pytest.mark.parametrize("family", [family for family in CONFIGS if family != "grok-1"])
@@ -341,8 +343,8 @@ def test_absent_keys_have_the_defaults_of_transformers(family: str) -> None:
     if family == "clip_vision_model":
         sizes = {key: REQUIRED[key] for key in REQUIRED if key not in ("vocab_size", "max_position_embeddings")}
     filled = transformers.AutoConfig.for_model(family, **sizes).to_dict()
-    # The exception: classes fill in the key-value heads of one published model (8, 16, 32), whatever num_attention_heads
-    # is; ours are as many as heads, as where the key is null. A file of the former kind fails on its weights' shapes.
+    # The exception: classes fill in the key-value heads of one published model (8, 16, 32), whatever the number of
+    # heads; ours are as many as heads, as where the key is null. Files of the former kind fail on their weights' shapes.
     filled["num_key_value_heads"] = None
     assert from_hf({"model_type": family, **sizes}) == from_hf({**filled, "architectures": None})
 
