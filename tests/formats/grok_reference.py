@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 
@@ -106,3 +106,20 @@ class GrokReference(nn.Module):
             y = (gate * (x @ self._get(f"{e}.linear_v.weight").T)) @ self._get(f"{e}.linear_1.weight").T
             out = out + y * (weights * kept)[..., expert, None]
         return out
+
+
+def load_grok_reference(folder: Path) -> GrokReference:
+    """The reference with the config and the weights of a folder, sharded or not; every weight must be there, no more.
+
+    The keys that the equations have as constants must say just these.
+    """
+    values = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    assert math.isclose(values["embedding_multiplier_scale"], math.sqrt(values["hidden_size"]))
+    assert math.isclose(values["output_multiplier_scale"], 3**-0.5)
+    assert (values["max_attn_value"], values["rope_theta"]) == (30.0, 10_000.0)
+    model = GrokReference(values)
+    tensors: dict[str, Tensor] = {}
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        tensors |= load_file(path)
+    model.weights.load_state_dict({name.replace(".", "/"): tensor for name, tensor in tensors.items()})
+    return model.eval()

@@ -323,10 +323,10 @@ def make_input(name: str) -> Tensor:
     return tokens
 
 
-def their_output(name: str, model: Any, given: Tensor) -> Tensor:
+def their_output(name: str, model: Any, given: Tensor, **more: Tensor) -> Tensor:
     """Logits, pooled states and hidden states, or projected states, as the model has them."""
     with torch.no_grad():
-        out = model(given)
+        out = model(given, **more)
     if name == "clip text":
         return out.text_embeds
     if name == "clip vision":
@@ -338,12 +338,12 @@ def their_output(name: str, model: Any, given: Tensor) -> Tensor:
     return out.logits
 
 
-def our_output(name: str, model: Any, given: Tensor) -> Tensor:
+def our_output(name: str, model: Any, given: Tensor, **more: Tensor) -> Tensor:
     """The same of ours."""
     with torch.no_grad():
-        hidden = model(given)
-        if name == "clip text":
-            return model.project(hidden[:, -1])
+        hidden = model(given, **more)
+        if name == "clip text":  # the state at the end of the text, the token with the highest number
+            return model.project(hidden[torch.arange(len(given)), given.argmax(1)])
         if name == "clip vision":
             return model.project(model.pooled(hidden))
         if name == "bert, pooled":

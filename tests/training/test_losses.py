@@ -89,3 +89,14 @@ def test_context_helps_so_smaller_strides_never_lose_it() -> None:
 def test_no_text_is_an_error() -> None:
     with pytest.raises(ValueError, match="at least one byte"):
         bits_per_byte(tiny_model(), [], window=16)
+
+
+def test_bits_per_byte_goes_through_the_whole_head() -> None:
+    """A head bias that makes one token certain, on top of logits that are all alike."""
+    model = tiny_model(vocab_size=256, head_bias=True, tie_word_embeddings=False)
+    with torch.no_grad():
+        assert model.head is not None and model.head_bias is not None
+        model.head.weight.zero_()
+        model.head_bias.zero_()
+        model.head_bias[7] = 100.0
+    assert bits_per_byte(model, [([0] + [7] * 20, 20)], window=8) == pytest.approx(0.0, abs=1e-5)

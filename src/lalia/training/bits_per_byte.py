@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from lalia.model.transformer import Transformer
-from lalia.training.linear_cross_entropy import linear_cross_entropy
+from lalia.training.objectives import cross_entropy
 
 
 @torch.no_grad()
@@ -38,8 +38,7 @@ def bits_per_byte(
     def flush() -> None:
         nonlocal nats
         if inputs:
-            hidden = model(torch.tensor(inputs))
-            total, _ = linear_cross_entropy(hidden, model.head_weight, torch.tensor(labels), model.config.logit_softcap)
+            total, _ = cross_entropy(model, model(torch.tensor(inputs)), torch.tensor(labels))
             nats += float(total)
             inputs.clear()
             labels.clear()

@@ -1,10 +1,11 @@
 """Objectives: functions (model, batch) -> (loss sum, weight). The Trainer divides by the total weight."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
-from lalia.data.loader import Batch
+from lalia.data.loader import PADDING, Batch
 from lalia.model.transformer import Transformer
 from lalia.training.linear_cross_entropy import linear_cross_entropy
 
@@ -16,9 +17,77 @@ def next_token(model: Transformer, batch: Batch) -> tuple[Tensor, int]:
 
     A row of several documents is masked so that no token sees another document; a batch without such rows takes the
     cheaper causal path, which is then exact.
+
+    In training, a model with experts adds its router losses, times the number of predicted tokens: the Trainer's
+    division then leaves the mean cross-entropy plus the weighted mean of the micro-batches' router losses. That mean is
+    not quite the router loss of the whole batch, because balance is judged micro-batch by micro-batch.
     """
+    c = model.config
+    routed = c.num_experts and model.training and (c.router_aux_loss_coef or c.router_z_loss_coef)
+    router_logits: list[Tensor] | None = [] if routed else None
     if batch.single_document:
-        hidden = model(batch.tokens)
+        hidden = model(batch.tokens, router_logits=router_logits)
     else:
-        hidden = model(batch.tokens, positions=batch.positions, document_ids=batch.document_ids)
-    return linear_cross_entropy(hidden, model.head_weight, batch.targets, model.config.logit_softcap)
+        hidden = model(
+            batch.tokens, positions=batch.positions, document_ids=batch.document_ids, router_logits=router_logits
+        )
+    loss, weight = cross_entropy(model, hidden, batch.targets)
+    if router_logits:
+        loss = loss + weight * router_loss(model, router_logits, batch.document_ids != PADDING)
+    return loss, weight
+
+
+def cross_entropy(model: Transformer, hidden: Tensor, targets: Tensor) -> tuple[Tensor, int]:
+    """Sum of -log p(target) under the model's whole head, and the number of targets that are not IGNORED.
+
+    Args:
+        hidden: (batch, seq, hidden_size) from the model's forward pass.
+        targets: (batch, seq)
+    """
+    c = model.config
+    hidden, weight = model.before_head(hidden), model.head_weight
+    if model.head_bias is not None:  # as one more column, which a 1 in every row multiplies
+        hidden = torch.cat((hidden, torch.ones_like(hidden[..., :1])), -1)
+        weight = torch.cat((weight, model.head_bias[:, None]), -1)
+    if c.output_multiplier != 1.0:
+        hidden = hidden * c.output_multiplier
+    return linear_cross_entropy(hidden, weight, targets, c.logit_softcap)
+
+
+def router_loss(model: Transformer, router_logits: Sequence[Tensor], kept: Tensor) -> Tensor:
+    """The load-balancing and z losses times their coefficients in the model's config, averaged over its layers.
+
+    Args:
+        router_logits: (batch * seq, num_experts) of each layer that has experts.
+        kept: (batch, seq) bool, False in padding, which counts for nothing.
+    """
+    c = model.config
+    rows = kept.reshape(-1).nonzero().squeeze(1)
+    losses = []
+    for logits in router_logits:
+        logits = logits.index_select(0, rows)
+        balance = load_balancing_loss(logits, c.num_experts_per_token) * c.router_aux_loss_coef
+        losses.append(balance + router_z_loss(logits) * c.router_z_loss_coef)
+    return torch.stack(losses).mean()
+
+
+def load_balancing_loss(logits: Tensor, num_chosen: int) -> Tensor:
+    """num_experts * sum over experts of (choices per token) * (mean probability), for one layer.
+
+    Fedus et al. 2021 (Switch Transformer), equations 4 to 6, counting all `num_chosen` choices of a token: a balanced
+    router gives `num_chosen`, one that always takes the same experts up to `num_experts`.
+
+    Args:
+        logits: (rows, num_experts); no rows give 0.
+    """
+    num_experts = logits.shape[1]
+    probabilities = logits.float().softmax(-1)
+    chosen = probabilities.topk(num_chosen, -1).indices
+    num_rows = max(len(logits), 1)
+    share = torch.bincount(chosen.reshape(-1), minlength=num_experts) / num_rows  # carries no gradient
+    return num_experts * (share * probabilities.sum(0) / num_rows).sum()
+
+
+def router_z_loss(logits: Tensor) -> Tensor:
+    """Mean squared log-partition of the router, which keeps its logits small (Zoph et al. 2022, equation 5)."""
+    return logits.float().logsumexp(-1).square().sum() / max(len(logits), 1)

@@ -39,7 +39,7 @@ def from_hf(values: dict[str, Any]) -> ModelConfig:
     settings = {
         "family": FAMILY.model_type,
         **shape,
-        **rope_from_hf(values),
+        **rope_from_hf(values, default_theta=1_000_000.0),
         **sizes_from_hf(values, experts),
         "router_aux_loss_coef": values.get("router_aux_loss_coef", 0.001),
         "router_z_loss_coef": values.get("router_z_loss_coef", 0.0),

@@ -73,7 +73,7 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     family = FAMILIES[config.family]
     values = {"architectures": [family.architecture(config)], **family.to_hf(config)}
     before, after = _meaning(config), _meaning(family.from_hf(values))
-    lost = [key for key in before if not _same(before[key], after[key])]
+    lost = [key for key in before if key in after and not _same(before[key], after[key])]
     if lost:
         listed = ", ".join(f"{key} = {before[key]!r} (would become {after[key]!r})" for key in lost)
         raise UserError(f"a model folder of family {config.family!r} cannot express {listed}; choose another family")
