@@ -1,3 +1,7 @@
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -66,3 +70,111 @@ def test_move_copies_a_slot(model):
     cache.lengths = [8, 8]
     cache.layers[0][0].zero_()  # control: the content matters
     assert not torch.allclose(forward(model, tokens[1:, 8:], cache)[0], expected[1], atol=1e-3)
+
+
+WINDOWS = {
+    "window 1": {"sliding_window": 1},
+    "window 2": {"sliding_window": 2},
+    "window 7": {
+        "sliding_window": 7,
+        "layer_types": ("sliding_attention", "full_attention"),
+        "rope_theta_local": 500.0,
+    },
+    "gemma2": {"sliding_window": 7, "layer_types": ("full_attention", "sliding_attention"), "attention_softcap": 2.0},
+}
+LENGTH = 90
+
+
+def windowed(**changes) -> Transformer:
+    torch.manual_seed(0)
+    model = Transformer(CONFIG.model_copy(update=changes)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    return model
+
+
+def largest_difference(model: Transformer, reference: Transformer, damage: Callable[[KVCache], None] | None = None):
+    """From the full forward of `reference`: pieces shorter and longer than the window, slots of different lengths, a
+    slot used again and one that moved; `damage` is done to the cache after every pass."""
+    tokens = torch.randint(0, 64, (3, LENGTH), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = reference(tokens)
+    cache = KVCache(model.config, 4, LENGTH)
+    found = []
+
+    def extend(first: int, rows: list[int], count: int) -> None:
+        cache.first = first
+        starts = cache.lengths[first : first + len(rows)]
+        out = forward(model, torch.stack([tokens[r, s : s + count] for r, s in zip(rows, starts, strict=True)]), cache)
+        wanted = torch.stack([expected[r, s : s + count] for r, s in zip(rows, starts, strict=True)])
+        found.append((out - wanted).abs().max().item())
+        if damage is not None:
+            damage(cache)
+
+    for slot, pieces in enumerate(((3, 1, 30, 2, 1, 1, 6), (7, 8), (1, 1, 1))):
+        for count in pieces:
+            extend(slot, [slot], count)
+    for count in (1, 1, 3, 1, 9, 20, 1):  # together, at lengths 44, 15 and 3
+        extend(0, [0, 1, 2], count)
+    cache.move(2, 3)
+    cache.lengths[1] = 0  # another sequence in a used slot
+    for count in (5, 1, 40, 3):
+        extend(1, [0], count)
+    extend(3, [2], 2)
+    return max(found)
+
+
+@pytest.mark.parametrize("changes", WINDOWS.values(), ids=WINDOWS.keys())
+def test_a_window_of_keys_is_enough(changes):
+    model = windowed(**changes)
+    assert largest_difference(model, model) < 1e-4
+    exact = KVCache(model.config, 2, LENGTH)
+    exact.reserve(2, LENGTH, exact=True)
+    assert exact.nbytes == 2 * model.config.cache_bytes(LENGTH)
+    rows = [block.shape[2] for block in exact.layers]
+    assert rows == [model.config.window_of_layer(layer) or LENGTH for layer in range(2)]
+
+
+def test_the_comparison_notices_another_window_and_a_ring_out_of_place():
+    model = windowed(sliding_window=7)
+    assert largest_difference(model, windowed(sliding_window=8)) > 1e-2
+    assert largest_difference(windowed(sliding_window=8), model) > 1e-2
+
+    def shift(cache: KVCache) -> None:
+        cache.layers[1] = cache.layers[1].roll(1, 2)
+
+    assert largest_difference(model, model, shift) > 1e-2
+
+
+def test_bytes_by_the_formula():
+    config = CONFIG.model_copy(
+        update={"sliding_window": 50, "layer_types": ("sliding_attention", "full_attention"), "num_key_value_heads": 2}
+    )
+    per_layer_and_token = 2 * 2 * 8 * 2  # keys and values, heads, head_dim, bytes
+    assert config.cache_bytes_per_token(2) == 2 * per_layer_and_token
+    assert config.cache_bytes(50, 2) == 100 * per_layer_and_token
+    assert config.cache_bytes(200, 2) == 250 * per_layer_and_token
+    cache = KVCache(config, 3, 200, torch.bfloat16)
+    for length in (64, 65, 100, 129):
+        cache.reserve(1, length)
+        assert config.cache_bytes(length, 2) <= cache.nbytes < 2 * config.cache_bytes(length, 2)
+    cache.reserve(1, 150, exact=True)  # not less than before, and no more than there may be
+    assert cache.nbytes == config.cache_bytes(200, 2)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_room_costs_memory_only_where_it_is_used():
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    config = CONFIG.model_copy(update={"max_position_embeddings": 1 << 20})
+    before = resident()
+    cache = KVCache(config, 4, 1 << 20)
+    cache.reserve(4, 1 << 20)
+    assert cache.nbytes == 4 * config.cache_bytes(1 << 20) == 512 << 20
+    assert resident() - before < 16 << 20
+    cache.lengths[0] = 1 << 18
+    for block in cache.layers:
+        block[0, :, : 1 << 18] = 1.0
+    used = resident() - before
+    assert config.cache_bytes(1 << 18) <= used < config.cache_bytes(1 << 18) + (16 << 20)
