@@ -162,10 +162,11 @@ def test_a_checkpoint_in_the_releases_layout(quantize: bool, tmp_path: Path) -> 
     ours = load_grok(tmp_path / "ckpt-0", config())
     # What was written, exactly: for int8 the reference has the rounded values.
     assert differs(ours, theirs) <= 1e-5
-    error = differs(ours, untouched)
-    print(f"largest error against the weights before quantisation: {error:.2e}")
-    scale = untouched(make_input("grok-1")).logits.detach().abs().max().item()
-    assert (1e-4 < error < 0.2 * scale) if quantize else error <= 1e-5  # 8 bits, 11 layers deep
+    with torch.no_grad():
+        before, after = (model(make_input("grok-1")).logits for model in (untouched, theirs))
+    error = ((after - before).square().mean() / before.square().mean()).sqrt().item()
+    print(f"what 8 bits cost, of the logits' root mean square: {error:.1%}")
+    assert (0.001 < error < 0.1) if quantize else error == 0  # 11 layers deep, with choices of experts that tip over
     convert_grok(tmp_path / "ckpt-0", tmp_path / "out", config(), torch.float32, max_shard_bytes=100_000)
     assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 5
     assert read_config(tmp_path / "out") == config()
