@@ -243,7 +243,9 @@ def _wrong(path: Path, kind: str, weight: StoredArray, scales: StoredArray | Non
     fits = (*shape[:-2], groups, shape[-1]) == scales.shape and groups > 0 and shape[-2] % groups == 0
     if len(shape) < 2 or not fits or weight.kind != "i1" or scales.kind not in ("f4", "bfloat16"):
         found = f"{weight.kind} {list(weight.shape)} with scales {scales.kind} {list(scales.shape)}"
-        return [f"{path.name} ({kind}) is {found}; expected i1 with scales [..., groups of rows, {shape[-1]}]"]
+        return [
+            f"{path.name} ({kind}) is {found}; expected i1 {list(shape)} with scales [..., groups of rows, columns]"
+        ]
     return []
 
 
@@ -338,7 +340,7 @@ def _described(path: Path, data: mmap.mmap) -> Any:
             stack.append(_Bytes(data.tell(), size))
             data.seek(size, 1)
             continue
-        argument = None if opcode.arg is None else opcode.arg.reader(data)  # pyright: ignore[reportArgumentType]
+        argument: Any = None if opcode.arg is None else opcode.arg.reader(data)  # pyright: ignore[reportArgumentType]
         if name == "STOP":
             (made,) = stack
             return made
