@@ -169,9 +169,8 @@ class _Exporter:
         real = g.op("Unsqueeze", g.op("Cast", "attention_mask", to=9), [1, 2])  # (batch, 1, 1, keys)
         if c.causal:
             real = g.op("And", real, g.op("LessOrEqual", key, query))
-        allowed = {None: real}
-        for window in {c.window_of_layer(i) for i in range(c.num_hidden_layers)} - {None}:
-            assert window is not None
+        allowed: dict[int | None, str] = {None: real}
+        for window in sorted({c.window_of_layer(i) or 0 for i in range(c.num_hidden_layers)} - {0}):
             allowed[window] = g.op("And", real, g.op("Greater", key, g.op("Sub", query, window)))
         return Step(positions, allowed, past, [], {})
 
