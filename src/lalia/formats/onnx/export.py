@@ -72,7 +72,7 @@ def export_onnx(
     exporter.write(pooling)
     files = graph.save(
         path,
-        {"family": c.family, "task": task, "weights": "int8" if int8 else "float32"},
+        {"family": c.family, "task": task, "weights": "int8" if int8 else "float32", "pooling": pooling},
         max_inline_bytes,
     )
     return Exported(files, task, [v.name for v in graph.inputs], [v.name for v in graph.outputs])

@@ -62,13 +62,20 @@ class Writer:
         return y if bias is None else g.op("Add", y, g.weight(f"{name}.bias", bias))
 
     def integer_product(self, x: str, stored: str, scale: str) -> str:
-        """x times a matrix (in, out) of uint8 around ZERO_POINT with scale (out,); x is quantized while running."""
+        """x times a matrix (in, out) of uint8 around ZERO_POINT with scale (out,).
+
+        x is quantized while running, with a scale for every row: one for all rows, as DynamicQuantizeLinear has, is
+        ruined by the first token of a text, whose state is often a hundred times as large as the others'.
+        """
         g = self.graph
-        values, x_scale, x_zero = g.ops(3, "DynamicQuantizeLinear", x)
         if "zero_point" not in g.weights:
             g.weight("zero_point", torch.tensor(ZERO_POINT, dtype=torch.uint8))
-        product = g.op("Cast", g.op("MatMulInteger", values, stored, x_zero, "zero_point"), to=1)
-        return g.op("Mul", product, g.op("Mul", x_scale, scale))
+        largest = g.op("ReduceMax", g.op("Abs", x), [-1], keepdims=1)
+        row_scale = g.op("Max", g.op("Div", largest, 127.0), 1e-30)
+        values = g.op("Round", g.op("Div", x, row_scale))
+        values = g.op("Cast", g.op("Add", values, float(ZERO_POINT)), to=2)
+        product = g.op("Cast", g.op("MatMulInteger", values, stored, "zero_point", "zero_point"), to=1)
+        return g.op("Mul", g.op("Mul", product, row_scale), scale)
 
     def embed(self, tokens: str, table: Tensor) -> str:
         """Rows of the token embedding, (batch, seq) -> (batch, seq, hidden)."""
