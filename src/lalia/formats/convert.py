@@ -69,14 +69,14 @@ class Target:
     extra: str = ""
 
 
-def convert(source: Path, target: str, out: Path | None = None, text: str | None = None) -> dict[str, Any]:
+def convert(source: Path, target: str, out: Path | None = None, text: Path | None = None) -> dict[str, Any]:
     """Write `source`, a model folder, in another format.
 
     Args:
         target: one of TARGETS.
         out: the new folder; by default beside the source, with the target behind its name. One that is there already
             is replaced only if it came from here.
-        text: what ONNX models are compared with their source on; by default SAMPLE.
+        text: a file of text that ONNX models are compared with their source on; by default SAMPLE.
 
     Returns:
         facts: target, path, bytes (of the model's files), and what the target's writer reports. Also in RECORD.
@@ -93,13 +93,14 @@ def convert(source: Path, target: str, out: Path | None = None, text: str | None
         raise UserError(f'{target} needs {" and ".join(missing)}; install with: pip install "lalia[{chosen.extra}]"')
     source = source.expanduser()
     read_config(source)  # refuse what is no model before anything is written
+    sample = SAMPLE if text is None else _read_text(text)
     name = source.resolve().name
     out = source.parent / f"{source.name}-{target}" if out is None else out.expanduser()
     _check_out(out, source)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
     try:
-        facts = {"target": target, "path": str(out), **chosen.write(source, temporary, name, text or SAMPLE)}
+        facts = {"target": target, "path": str(out), **chosen.write(source, temporary, name, sample)}
         write_text(temporary / CARD, _card(source, target, chosen, facts))
         write_json(temporary / RECORD, {"lalia": __version__, "source": name, **facts, "path": out.name})
         temporary.chmod(0o755)
@@ -108,6 +109,13 @@ def convert(source: Path, target: str, out: Path | None = None, text: str | None
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return facts
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.expanduser().read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
 
 
 def _check_out(out: Path, source: Path) -> None:
