@@ -1,5 +1,6 @@
 """A model folder into another format: ONNX, GGUF, or a Hugging Face folder."""
 
+import importlib.metadata
 import importlib.util
 import shutil
 import tempfile
@@ -8,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lalia import __version__
 from lalia.errors import UserError
 from lalia.files import read_json, replace_directory, write_json, write_text
 from lalia.formats.hf_folder import CONFIG, GENERATION, load_model, read_config, save_model
 from lalia.model.families import registry
 from lalia.tokenizer.bpe import Tokenizer
 
+VERSION = importlib.metadata.version("lalia")
 RECORD, CARD = "conversion.json", "README.md"
 """The first marks a folder as ours, so that it may be replaced."""
 COMPANIONS = (
@@ -102,7 +103,7 @@ def convert(source: Path, target: str, out: Path | None = None, text: Path | Non
     try:
         facts = {"target": target, "path": str(out), **chosen.write(source, temporary, name, sample)}
         write_text(temporary / CARD, _card(source, target, chosen, facts))
-        write_json(temporary / RECORD, {"lalia": __version__, "source": name, **facts, "path": out.name})
+        write_json(temporary / RECORD, {"lalia": VERSION, "source": name, **facts, "path": out.name})
         temporary.chmod(0o755)
         replace_directory(temporary, out)
     except BaseException:
@@ -223,7 +224,9 @@ def _pooling(source: Path) -> Any:
     if not path.is_file():
         return "mean"
     settings = read_json(path)
-    modes = [key.removeprefix("pooling_mode_") for key, on in settings.items() if key.startswith("pooling_mode_") and on]
+    modes = [
+        key.removeprefix("pooling_mode_") for key, on in settings.items() if key.startswith("pooling_mode_") and on
+    ]
     if isinstance(settings.get("pooling_mode"), str):
         modes = [settings["pooling_mode"]]
     named = {"mean_tokens": "mean", "mean": "mean", "cls_token": "first", "cls": "first"}
@@ -262,7 +265,7 @@ def _sequences(source: Path, model: Any, text: str) -> tuple[list[list[int]], fl
 def _card(source: Path, target: str, chosen: Target, facts: dict[str, Any]) -> str:
     """The source's card with a section on the conversion, or that section alone."""
     before = (source / CARD).read_text(encoding="utf-8").rstrip() if (source / CARD).is_file() else f"# {source.name}"
-    lines = ["## Conversion", "", f"Made by Lalia {__version__}: `lalia convert {source.name} --to {target}`.", ""]
+    lines = ["## Conversion", "", f"Made by Lalia {VERSION}: `lalia convert {source.name} --to {target}`.", ""]
     lines.append(f"- {chosen.what}: {', '.join(facts['files'])}, {facts['bytes']:,} bytes")
     lines += [f"- {line}" for line in report(facts)]
     return before + "\n\n" + "\n".join(lines) + "\n"

@@ -42,7 +42,12 @@ def _fetch(folder: Path) -> str | None:
         return "npm, which would fetch it, is not installed (apt install npm)"
     folder.mkdir(parents=True, exist_ok=True)
     done = subprocess.run(
-        [npm, "pack", ORT_WEB, "--silent"], cwd=folder, capture_output=True, text=True, timeout=FETCH_SECONDS, check=False
+        [npm, "pack", ORT_WEB, "--silent"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=FETCH_SECONDS,
+        check=False,
     )
     archives = list(folder.glob("*.tgz"))
     if done.returncode or not archives:

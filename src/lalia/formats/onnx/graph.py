@@ -1,6 +1,7 @@
 """A small writer of ONNX graphs: nodes one by one, weights straight from torch tensors into the file."""
 
 import contextlib
+import importlib.metadata
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -126,8 +127,6 @@ class Graph:
         return tensor
 
     def _model(self, initializers: list[TensorProto], metadata: dict[str, str]) -> onnx.ModelProto:
-        from lalia import __version__
-
         def info(value: Value) -> onnx.ValueInfoProto:
             kind = helper.np_dtype_to_tensor_dtype(np.dtype(value.dtype))
             return helper.make_tensor_value_info(value.name, kind, value.shape)
@@ -140,7 +139,7 @@ class Graph:
             opset_imports=[helper.make_opsetid("", OPSET)],
             ir_version=IR_VERSION,
             producer_name="lalia",
-            producer_version=__version__,
+            producer_version=importlib.metadata.version("lalia"),
         )
         helper.set_model_props(model, metadata)
         return model

@@ -51,31 +51,45 @@ class Writer:
 
     # Products
 
-    def linear(self, name: str, x: str, weight: Tensor, bias: Tensor | None = None, quantize: bool = True) -> str:
+    def linear(
+        self,
+        name: str,
+        x: str,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        quantize: bool = True,
+        may_be_empty: bool = False,
+    ) -> str:
         """x weight^T + bias, (..., in) -> (..., out); `weight` is (out, in)."""
         g = self.graph
         if self.int8 and quantize:
             values, scale = quantized(weight)
             stored = g.weight(f"{name}.weight_quantized", values.t())
-            y = self.integer_product(x, stored, g.weight(f"{name}.weight_scale", scale))
+            y = self.integer_product(x, stored, g.weight(f"{name}.weight_scale", scale), may_be_empty)
         else:
             y = g.op("MatMul", x, g.weight(f"{name}.weight", weight.t()))
         return y if bias is None else g.op("Add", y, g.weight(f"{name}.bias", bias))
 
-    def integer_product(self, x: str, stored: str, scale: str) -> str:
+    def integer_product(self, x: str, stored: str, scale: str, may_be_empty: bool = False) -> str:
         """x times a matrix (in, out) of int8 with scale (out,).
 
         x is quantized while running, with a scale for every row: one for all rows, as DynamicQuantizeLinear has, is
         ruined by the first token of a text, whose state is often a hundred times as large as the others'.
+
+        may_be_empty: x (rows, in) may have no rows, of which ReduceMax of onnxruntime-web 1.30 makes a maximum of
+        shape (0, in).
         """
         g = self.graph
         if "zero_point" not in g.weights:
             g.weight("zero_point", torch.tensor(ZERO_POINT, dtype=torch.uint8))
         largest = g.op("ReduceMax", g.op("Abs", x), [-1], keepdims=1)
+        if may_be_empty:
+            largest = g.op("Reshape", largest, [0, 1])
         row_scale = g.op("Max", g.op("Div", largest, 127.0), 1e-30)
         values = g.op("Round", g.op("Div", x, row_scale))
         values = g.op("Cast", g.op("Add", values, float(ZERO_POINT)), to=2)
-        product = g.op("Cast", g.op("MatMulInteger", values, stored, "zero_point"), to=1)
+        product = g.op("MatMulInteger", values, stored, "zero_point")
+        product = g.op("Cast", product, to=1)
         return g.op("Mul", g.op("Mul", product, row_scale), scale)
 
     def embed(self, tokens: str, table: Tensor) -> str:
@@ -231,20 +245,16 @@ class Writer:
         weights, chosen = g.ops(2, "TopK", g.op("Softmax", logits, axis=-1), [part.num_chosen], axis=-1)
         if part.normalize:
             weights = g.op("Div", weights, g.op("ReduceSum", weights, [-1], keepdims=1))
-        gates = g.op("ScatterElements", g.op("Mul", logits, 0.0), chosen, weights, axis=1)
-        is_chosen = g.op(
-            "Cast",
-            g.op(
-                "ScatterElements", g.op("Mul", logits, 0.0), chosen, g.op("Add", g.op("Mul", weights, 0.0), 1.0), axis=1
-            ),
-            to=9,
-        )  # bool, also where a weight underflows to 0
+        zeros, ones = g.op("Mul", logits, 0.0), g.op("Add", g.op("Mul", weights, 0.0), 1.0)
+        gates = g.op("ScatterElements", zeros, chosen, weights, axis=1)
+        is_chosen = g.op("Cast", g.op("ScatterElements", zeros, chosen, ones, axis=1), to=9)  # also with weight 0
         out = g.op("Mul", rows, 0.0)
         for expert in range(part.up.shape[0]):
             flag = g.op("Gather", is_chosen, expert, axis=1)
             index = g.op("Transpose", g.op("NonZero", flag), perm=[1, 0])  # (chosen rows, 1)
-            h = self._activated(self.linear(f"{name}.up.{expert}", g.op("GatherND", rows, index), part.up[expert]))
-            h = self.linear(f"{name}.down.{expert}", h, part.down[expert])
+            h = g.op("GatherND", rows, index)
+            h = self._activated(self.linear(f"{name}.up.{expert}", h, part.up[expert], may_be_empty=True))
+            h = self.linear(f"{name}.down.{expert}", h, part.down[expert], may_be_empty=True)
             gate = g.op("Unsqueeze", g.op("GatherND", g.op("Gather", gates, expert, axis=1), index), [-1])
             out = g.op("ScatterND", out, index, g.op("Mul", h, gate), reduction="add")
         return g.op("Reshape", out, g.op("Shape", x))

@@ -133,9 +133,7 @@ def _cosine(hidden: torch.Tensor, embedding: torch.Tensor, pooling: str) -> floa
     return torch.cosine_similarity(vector, embedding).item()
 
 
-def _expected(
-    model: Transformer, hidden: torch.Tensor, tokens: torch.Tensor, out: Arrays
-) -> tuple[str, torch.Tensor]:
+def _expected(model: Transformer, hidden: torch.Tensor, tokens: torch.Tensor, out: Arrays) -> tuple[str, torch.Tensor]:
     """Name of the output to compare, and what our model gives for it."""
     with torch.no_grad():
         if "logits" in out:

@@ -1,4 +1,4 @@
-// A model that `lalia convert` wrote, in a browser. `ort` is the module onnxruntime-web; token ids in, ids or numbers out.
+// A model that lalia convert wrote, in a browser. Token ids in, ids or numbers out; `ort` is onnxruntime-web's module.
 
 /** The graph, ready to run. `files` are URLs: {model, data}, data only where the weights are in a second file. */
 export async function loadModel(ort, files) {
