@@ -26,8 +26,8 @@ def load(model: str | Path, **options: Any) -> Any:
     """Load a model.
 
     Args:
-        model: a Hugging Face folder, such as runs/shakespeare/chat, or the name of a model that `lalia pull` fetched,
-            such as smollm2. A path that exists is meant before a name.
+        model: a Hugging Face folder, such as runs/shakespeare/chat, a GGUF file, or the name of a model that
+            `lalia pull` fetched, such as smollm2. A path that exists is meant before a name.
         **options: of a model that generates; see `lalia.inference.language_model.load`.
 
     Returns:
@@ -37,13 +37,9 @@ def load(model: str | Path, **options: Any) -> Any:
     Raises:
         UserError: if the model is missing, damaged or of an architecture Lalia does not know.
     """
-    from lalia.formats.store import find_model, stored_name
     from lalia.inference.loading import load as load_any
 
-    path = find_model(model)
-    loaded = load_any(path, **options)
-    loaded.name = stored_name(path) or loaded.name
-    return loaded
+    return load_any(model, **options)
 
 
 def embed(model: "str | Path | Encoder | LanguageModel", texts: "Sequence[str]", **options: Any) -> "np.ndarray":

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from lalia.errors import UserError
-from lalia.formats.hf_folder import load_folder
-from lalia.formats.sentence_transformers import Pooling, read_pooling
+from lalia.formats.gguf.file import GGUFFile
+from lalia.formats.loading import gguf_path, load_folder
+from lalia.formats.sentence_transformers import Mode, Pooling, read_pooling
 from lalia.model.config import ModelConfig
 from lalia.model.transformer import Transformer
 from lalia.tokenizer.tokenizer import Tokenizer
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
 BATCH_TOKENS = 16_384
 """Most tokens of a batch, padding included, whatever the batch size: what bounds the memory."""
+
+GGUF_POOLING: dict[object, tuple[Mode, ...]] = {0: ("mean",), 1: ("mean",), 2: ("cls",), 3: ("lasttoken",)}
+"""By llama.cpp's number; 0 is "not said"."""
 
 
 class Filling(NamedTuple):
@@ -154,15 +158,7 @@ class Encoder:
 
     def encode(self, texts: Sequence[str], truncate: bool = True) -> list[list[int]]:
         """Ids of texts with the specials that the model expects around them. Arguments and errors as for `embed`."""
-        texts = [self.pooling.prompt + text for text in _check_texts(texts)]
-        if self._as_document:
-            bos = self.tokenizer.special.get(self.tokenizer.bos_token or "")
-            ids = [[*([] if bos is None else [bos]), *row] for row in self.tokenizer.encode_batch(texts)]
-        else:
-            ids = [encoded.ids for encoded in self.tokenizer.encode_with_specials(texts)]
-        empty = next((number for number, row in enumerate(ids) if not row), None)
-        if empty is not None:
-            raise UserError(f"text {empty} has no tokens, and this tokenizer puts none around it; leave it out")
+        ids = self.encode_whole(texts)
         long = [number for number, row in enumerate(ids) if len(row) > self.max_length]
         if not long:
             return ids
@@ -177,9 +173,24 @@ class Encoder:
         )
         if self._as_document:
             return [row[: self.max_length] for row in ids]
-        cut = self.tokenizer.encode_with_specials([texts[number] for number in long], max_tokens=self.max_length)
+        cut = self.tokenizer.encode_with_specials(
+            [self.pooling.prompt + texts[number] for number in long], max_tokens=self.max_length
+        )
         for number, encoded in zip(long, cut, strict=True):
             ids[number] = encoded.ids
+        return ids
+
+    def encode_whole(self, texts: Sequence[str]) -> list[list[int]]:
+        """As `encode`, whatever the length."""
+        texts = [self.pooling.prompt + text for text in _check_texts(texts)]
+        if self._as_document:
+            bos = self.tokenizer.special.get(self.tokenizer.bos_token or "")
+            ids = [[*([] if bos is None else [bos]), *row] for row in self.tokenizer.encode_batch(texts)]
+        else:
+            ids = [encoded.ids for encoded in self.tokenizer.encode_with_specials(texts)]
+        empty = next((number for number, row in enumerate(ids) if not row), None)
+        if empty is not None:
+            raise UserError(f"text {empty} has no tokens, and this tokenizer puts none around it; leave it out")
         return ids
 
     def _hidden(self, ids: list[list[int]]) -> tuple[Tensor, Tensor]:
@@ -219,20 +230,22 @@ class Encoder:
         return "it makes vectors: use embed"
 
 
-def load(folder: Path | str) -> Encoder:
-    """Load an encoder's folder; a sentence-transformers folder brings its own pooling.
+def load(path: Path | str) -> Encoder:
+    """Load an encoder: a Hugging Face folder, or a GGUF file. A sentence-transformers folder brings its own pooling.
 
     Raises:
-        UserError, CorruptFile: if it is no complete model folder.
+        UserError, CorruptFile: if it is no complete model.
     """
-    folder = Path(folder)
-    model, tokenizer = load_folder(folder)
-    return Encoder(model, tokenizer, folder.resolve().name, read_pooling(folder))
-
-
-def is_encoder(config: ModelConfig, folder: Path) -> bool:
-    """Whether a folder is to be loaded as an `Encoder`: it generates no text, or says how to make vectors."""
-    return not config.causal or config.head != "language_model" or read_pooling(folder) is not None
+    path = Path(path)
+    model, tokenizer = load_folder(path)
+    pooling = read_pooling(path)
+    if (gguf := gguf_path(path)) is not None:
+        metadata = GGUFFile(gguf).metadata
+        number = metadata.get(f"{metadata.get('general.architecture')}.pooling_type", 1)
+        if number not in GGUF_POOLING:
+            raise UserError(f"{gguf}: pooling_type = {number!r}; known: {GGUF_POOLING}")
+        pooling = Pooling(GGUF_POOLING[number])
+    return Encoder(model, tokenizer, path.resolve().name.removesuffix(".gguf"), pooling)
 
 
 def _batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
