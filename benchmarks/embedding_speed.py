@@ -26,10 +26,10 @@ from lalia.errors import UserError
 
 TARGET = 1.0
 """Texts per second, ours divided by sentence-transformers'."""
-WORDS = (
+PROSE = (
     "when the long rain had ended old king walked down to harbour and asked every sailor for news of his daughter she "
     "gone away in spring with nothing but a lantern loaf bread own good name some seen light upon water"
-).split()
+)
 LENGTHS = {"short": (4, 20), "long": (100, 230), "mixed": (2, 230)}
 """Words of the shortest and the longest text."""
 
@@ -41,7 +41,7 @@ def make_texts(kind: str, count: int) -> list[str]:
     lengths = [
         int(low * (high / low) ** rng.random()) if kind == "mixed" else rng.randint(low, high) for _ in range(count)
     ]
-    return [" ".join(rng.choices(WORDS, k=length)) for length in lengths]
+    return [" ".join(rng.choices(PROSE.split(), k=length)) for length in lengths]
 
 
 def peer(folder: Path, batch_size: int) -> Callable[[Sequence[str]], np.ndarray]:

@@ -17,7 +17,6 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     import numpy as np
 
-    from lalia.inference.clip import Clip
     from lalia.inference.encoder import Encoder
     from lalia.inference.language_model import LanguageModel
 

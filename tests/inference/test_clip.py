@@ -18,7 +18,7 @@ from lalia.errors import UserError
 from lalia.files import read_json, write_json
 from lalia.inference.clip import Clip, preprocess, read_preprocessing
 
-WORDS = "a photo of the cat dog sun moon at night by day red blue".split()
+WORDS = ["a", "photo", "of", "the", "cat", "dog", "sun", "moon", "at", "night", "by", "day", "red", "blue"]
 TEXTS = ["a photo of the cat", "dog", "the red moon by night at day a sun", "a blue photo"]
 TOLERANCE = 1e-5
 TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -110,10 +110,6 @@ def test_other_refusals(serving: Running) -> None:
     assert "is required" in refusal(serving.http.post("/v1/embeddings", json={}))["message"]
     assert refusal(serving.http.post("/v1/embeddings", content=b"{"))["code"] == "invalid_json"
     assert refusal(post(serving, input=["summer " * 60]))["code"] == "context_length_exceeded"
-    assert (
-        "half of a surrogate"
-        in refusal(serving.http.post("/v1/embeddings", content=b'{"input": "\\ud800"}'))["message"]
-    )
     with pytest.raises(openai.NotFoundError, match="this server has 'bert'"):
         serving.client.embeddings.create(model="gpt", input="day")
     assert serving.http.get("/v1/embeddings").status_code == 405

@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
@@ -21,12 +21,14 @@ from lalia.serving.errors import ApiError
 from lalia.serving.gate import Gate, Traffic
 from lalia.serving.openapi import ERRORS, describe_bodies, request_body
 from lalia.serving.prompts import chat_prompt, completion_prompts, submit
-from lalia.serving.schema import Body, ChatRequest, CompletionRequest, EmbeddingRequest, parse_body
+from lalia.serving.schema import ChatRequest, CompletionRequest, EmbeddingRequest, GenerationRequest, parse_body
 from lalia.serving.streaming import ClientLeft, EventStream, while_connected
 
 if TYPE_CHECKING:
     from lalia.inference.language_model import LanguageModel
     from lalia.inference.request import Request as EngineRequest
+
+Generating = TypeVar("Generating", bound=GenerationRequest)
 
 MAX_ANSWERS = 256
 """Answers produced or waiting at a time; more are refused with 503, so that no queue grows without bound."""
@@ -155,8 +157,8 @@ class _Service:
     async def answer(
         self,
         request: Request,
-        kind: type[Body],
-        start: "Callable[[Body], tuple[Answer, Sequence[Choice], Sequence[EngineRequest]]]",
+        kind: type[Generating],
+        start: "Callable[[Generating], tuple[Answer, Sequence[Choice], Sequence[EngineRequest]]]",
     ) -> Response:
         """Parse, start and deliver one request. What takes time runs off the event loop."""
         body = await asyncio.to_thread(parse_body, kind, await request.body())

@@ -294,7 +294,7 @@ class EmbeddingRequest(Settings):
     user: str | None = Field(default=None, description="a label of the client's; neither used nor logged")
 
 
-Body = TypeVar("Body", GenerationRequest, ChatRequest, CompletionRequest, EmbeddingRequest)
+Body = TypeVar("Body", bound=Settings)
 
 
 def parse_body(kind: type[Body], body: bytes) -> Body:
