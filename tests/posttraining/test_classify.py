@@ -33,7 +33,7 @@ BODIES = {
     "meeting": ["can we meet at {n} on monday", "the meeting moves to room {n}", "shall we postpone our call to {n}"],
     "delivery": ["your parcel {n} has been shipped", "package {n} waits at the post office", "courier {n} was here"],
 }
-NOISE = "kind regards from sunny greetings attached best again today team thanks question hello dear update".split(" ")
+NOISE = "kind regards from sunny greetings attached best again today team thanks question hello dear update"
 QUIET = Progress(quiet=True)
 SMALL = SCRATCH.model_copy(update={"epochs": 3.0, "max_length": 32, "held_out": 0.2})
 
@@ -44,7 +44,7 @@ def make_emails(count: int, seed: int = 0) -> list[Example]:
     examples = []
     for _ in range(count):
         label = rng.choices(list(BODIES), [5, 3, 2])[0]
-        words = rng.choices(NOISE, k=4)
+        words = rng.choices(NOISE.split(), k=4)
         body = rng.choice(BODIES[label]).format(n=rng.randint(1, 9999))
         examples.append(Example(" ".join([*words[:2], rng.choice(NAMES), body, *words[2:]]), label))
     return examples

@@ -16,9 +16,9 @@ from pydantic import Field
 from torch import Tensor
 
 from lalia.data.loader import IGNORED, PADDING, Batch
-from lalia.errors import CorruptFile, UserError
+from lalia.errors import UserError
 from lalia.files import fingerprint, run_lock, write_json
-from lalia.formats.hf_folder import CONFIG, save_model
+from lalia.formats.hf_folder import save_model
 from lalia.formats.loading import load_folder
 from lalia.formats.store import find_model
 from lalia.inference.encoder import Encoder
@@ -34,6 +34,8 @@ from lalia.training.pretrain import evenly_spaced
 from lalia.training.trainer import Trainer, initialize
 
 RESULTS = "classification.json"
+VOCAB_SIZE = 8192
+"""Largest vocabulary of a classifier made from nothing."""
 
 
 class ClassifierOptimizerConfig(OptimizerConfig):
@@ -365,7 +367,7 @@ def _prepare(
 ) -> tuple[Transformer, Tokenizer, int]:
     """A trainable classifier, its tokenizer and the longest text it reads."""
     if base is None:
-        tokenizer = _own_tokenizer(out, train)
+        tokenizer = train_wordpiece([example.text for example in train], VOCAB_SIZE)
         model = Transformer(small_bert(tokenizer, labels, config.max_length))
         initialize(model, config.seed)
         return model, tokenizer, config.max_length
@@ -398,18 +400,6 @@ def _prepare(
     known = {name: weight for name, weight in encoder.state_dict().items() if name in weights}
     model.load_state_dict({**weights, **known})
     return model, tokenizer, kind.max_position_embeddings
-
-
-def _own_tokenizer(out: Path, train: list[Example]) -> Tokenizer:
-    """Trained on the training texts; that of an interrupted training is kept, because ids depend on it."""
-    if (out / "tokenizer.json").is_file() and not (out / CONFIG).is_file():
-        try:
-            return Tokenizer.load(out)
-        except CorruptFile:
-            pass
-    tokenizer = train_wordpiece([example.text for example in train], 8192)
-    tokenizer.save(out)
-    return tokenizer
 
 
 def small_bert(tokenizer: Tokenizer, labels: tuple[str, ...], max_length: int) -> ModelConfig:

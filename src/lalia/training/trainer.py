@@ -180,8 +180,8 @@ class Trainer:
         )
         if self.step % (self._log_every * 5) == 0 or self.step == self.num_steps:
             self.progress.say(
-                f"step {self.step:>6}/{self.num_steps}  loss {loss:.3f} nats/{self.unit}  {speed:>7,.0f} {self.unit}s/s  "
-                f"{_clock(self.seconds)} done, {_clock(remaining)} to go"
+                f"step {self.step:>6}/{self.num_steps}  loss {loss:.3f} nats/{self.unit}  "
+                f"{speed:>7,.0f} {self.unit}s/s  {_clock(self.seconds)} done, {_clock(remaining)} to go"
             )
 
     def _evaluate(self) -> None:
