@@ -1,8 +1,11 @@
 """The command line: verbs that parse, call and print."""
 
+import contextlib
 import json
 import os
 import sys
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -280,6 +283,83 @@ def doctor(as_json: Json = False) -> None:
         raise typer.Exit(1)
 
 
+Texts = Annotated[list[str] | None, typer.Argument(metavar="[TEXT]...", help="texts; - reads one per line")]
+
+
+@app.command()
+def embed(model: Model, texts: Texts = None, as_json: Json = False) -> None:
+    """Make a vector of each text: one line of numbers for each."""
+    encoder, given = _encoder(model), _texts(texts)
+    with _notes():
+        vectors = encoder.embed(given)
+    if as_json:
+        _print_json({"texts": given, "embeddings": vectors.tolist()})
+        return
+    for vector in vectors:
+        print(" ".join(f"{value:.7g}" for value in vector))
+
+
+@app.command()
+def fill(
+    model: Model,
+    text: Annotated[str, typer.Argument(help="a text with a mask ([MASK] for BERT) in it; - reads standard input")],
+    top_k: Annotated[int, typer.Option(help="how many tokens to show", min=1)] = 5,
+    as_json: Json = False,
+) -> None:
+    """Show what a masked language model would put in the mask's place."""
+    encoder = _encoder(model)
+    found = encoder.fill(_standard_input().strip() if text == "-" else text, top_k)
+    if as_json:
+        _print_json([filling._asdict() for filling in found])
+        return
+    for filling in found:
+        print(f"{filling.probability:7.2%}  {filling.token}")
+
+
+@app.command()
+def classify(model: Model, texts: Texts = None, as_json: Json = False) -> None:
+    """Give each text its label: one line of probability, label and text for each."""
+    encoder, given = _encoder(model), _texts(texts)
+    with _notes():
+        results = encoder.classify(given)
+    if as_json:
+        _print_json([{"text": text, **result._asdict()} for text, result in zip(given, results, strict=True)])
+        return
+    for text, result in zip(given, results, strict=True):
+        print(f"{result.probability:7.2%}  {result.label}  {' '.join(text.split())[:80]}")
+
+
+@app.command(name="train-classifier")
+def train_classifier(
+    examples: Annotated[Path, typer.Argument(help=".jsonl or .csv with text and label")],
+    out: Annotated[Path, typer.Option(help="the folder to write")],
+    base: Annotated[str | None, typer.Option(help="an encoder to begin with (default: none, a small new one)")] = None,
+    epochs: Annotated[
+        float | None, typer.Option(help="passes over the examples (default: 3 with a base, or 8)")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Train a classifier of texts on examples, and measure it on some held out."""
+    from lalia.posttraining import classify as training
+    from lalia.progress import Progress
+
+    config = training.SCRATCH if base is None else training.ClassifierConfig()
+    if epochs is not None:
+        config = training.ClassifierConfig.parse({**config.model_dump(), "epochs": epochs}, "train-classifier")
+    start = None if base is None else _model_folder(base, "base")
+    results = training.train_classifier(start, examples.expanduser(), out.expanduser(), config, Progress(quiet=as_json))
+    if as_json:
+        _print_json(results)
+        return
+    for label, figures in results["per_label"].items():
+        shown = [f"{name} {figures[name]:.3f}" for name in ("precision", "recall", "f1") if figures[name] is not None]
+        print(f"{label:<20} {'  '.join(shown)}  ({figures['held_out']} held out)")
+    print(
+        f"accuracy {results['accuracy']:.3f} (always {results['majority_label']!r}: {results['majority_accuracy']:.3f}), "
+        f"macro-F1 {results['macro_f1']:.3f}; written to {out}"
+    )
+
+
 def main() -> None:
     """Entry point: user errors become one message and exit status 1, never a traceback."""
     code = 0
@@ -388,6 +468,31 @@ def _load(model: str, stage: str) -> Any:
     import lalia
 
     return lalia.load(_model_folder(model, stage))
+
+
+def _encoder(model: str) -> Any:
+    """An encoder, or what makes vectors in a model that generates."""
+    import lalia
+    from lalia.inference.loading import as_encoder
+
+    return as_encoder(lalia.load(_model_folder(model, "base")))
+
+
+def _texts(texts: list[str] | None) -> list[str]:
+    """The texts given, or the lines of standard input."""
+    if texts and texts != ["-"]:
+        return texts
+    return _standard_input().splitlines()
+
+
+@contextlib.contextmanager
+def _notes() -> Iterator[None]:
+    """Print warnings as one line each, at the end."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        yield
+    for warning in caught:
+        print(f"lalia: note: {warning.message}", file=sys.stderr)
 
 
 def _standard_input() -> str:

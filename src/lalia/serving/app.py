@@ -5,36 +5,41 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
 from lalia.errors import UserError
+from lalia.inference.encoder import Encoder
 from lalia.serving import logprobs, page
 from lalia.serving.answers import Answer, Choice
 from lalia.serving.choices import ChatChoice, CompletionChoice
+from lalia.serving.embeddings import Embeddings
 from lalia.serving.errors import ApiError
 from lalia.serving.gate import Gate, Traffic
 from lalia.serving.openapi import ERRORS, describe_bodies, request_body
 from lalia.serving.prompts import chat_prompt, completion_prompts, submit
-from lalia.serving.schema import Body, ChatRequest, CompletionRequest, parse_body
+from lalia.serving.schema import ChatRequest, CompletionRequest, EmbeddingRequest, GenerationRequest, parse_body
 from lalia.serving.streaming import ClientLeft, EventStream, while_connected
 
 if TYPE_CHECKING:
     from lalia.inference.language_model import LanguageModel
     from lalia.inference.request import Request as EngineRequest
 
+Generating = TypeVar("Generating", bound=GenerationRequest)
+
 MAX_ANSWERS = 256
 """Answers produced or waiting at a time; more are refused with 503, so that no queue grows without bound."""
 
 
-def create_app(model: "LanguageModel", name: str, allowed_hosts: Iterable[str] | None = None) -> FastAPI:
+def create_app(model: "LanguageModel | Encoder", name: str, allowed_hosts: Iterable[str] | None = None) -> FastAPI:
     """The server of one model.
 
     Args:
-        model: what to serve; its engine is started and stopped with the app.
+        model: what to serve; the engine of a language model is started and stopped with the app. An encoder has no
+            engine, and of the routes that make something only /v1/embeddings.
         name: the model's name in the API.
         allowed_hosts: names the Host header may carry; None accepts all. See `Gate`.
 
@@ -43,13 +48,16 @@ def create_app(model: "LanguageModel", name: str, allowed_hosts: Iterable[str] |
         what runs.
     """
     service = _Service(model, name)
+    engine = None if isinstance(model, Encoder) else model.engine
     traffic = Traffic()
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None, None]:
-        model.engine.start()
+        if engine is not None:
+            engine.start()
         yield
-        await asyncio.to_thread(model.engine.stop)
+        if engine is not None:
+            await asyncio.to_thread(engine.stop)
 
     app = FastAPI(
         title="Lalia",
@@ -98,8 +106,15 @@ def create_app(model: "LanguageModel", name: str, allowed_hosts: Iterable[str] |
         """Continue a text."""
         return await service.answer(request, CompletionRequest, service.start_completion)
 
+    @app.post("/v1/embeddings", responses=ERRORS, openapi_extra=request_body(EmbeddingRequest))
+    async def embeddings(request: Request) -> Response:
+        """Vectors for texts."""
+        return await service.embed(request)
+
     @app.get("/", include_in_schema=False)
     async def chat_page() -> Response:
+        if engine is None:
+            return PlainTextResponse(f"{name} makes vectors of texts: POST /v1/embeddings\n")
         return page.response()
 
     describe_bodies(app)
@@ -109,8 +124,11 @@ def create_app(model: "LanguageModel", name: str, allowed_hosts: Iterable[str] |
 class _Service:
     """One model and the answers it is producing."""
 
-    def __init__(self, model: "LanguageModel", name: str) -> None:
-        self._model, self._name = model, name
+    def __init__(self, model: "LanguageModel | Encoder", name: str) -> None:
+        self._generates = not isinstance(model, Encoder)
+        self._model: Any = model
+        self._name = name
+        self._embeddings = Embeddings(model if isinstance(model, Encoder) else Encoder.of(model), name)
         self._created = int(time.time())
         self._num_answers = 0
         self._running: set[EngineRequest] = set()
@@ -139,12 +157,16 @@ class _Service:
     async def answer(
         self,
         request: Request,
-        kind: type[Body],
-        start: "Callable[[Body], tuple[Answer, Sequence[Choice], Sequence[EngineRequest]]]",
+        kind: type[Generating],
+        start: "Callable[[Generating], tuple[Answer, Sequence[Choice], Sequence[EngineRequest]]]",
     ) -> Response:
         """Parse, start and deliver one request. What takes time runs off the event loop."""
         body = await asyncio.to_thread(parse_body, kind, await request.body())
         self.check_name(body.model)
+        if not self._generates:
+            raise ApiError(
+                f"{self._name!r} generates no text: it makes vectors of texts, at /v1/embeddings", code="no_generation"
+            )
         num_answers = body.num_choices * (len(body.prompt) if isinstance(body, CompletionRequest) else 1)
         if self._num_answers + num_answers > MAX_ANSWERS:
             raise ApiError(
@@ -175,8 +197,18 @@ class _Service:
         finally:
             done()
 
+    async def embed(self, request: Request) -> Response:
+        """Answer a request for vectors."""
+        body = await asyncio.to_thread(parse_body, EmbeddingRequest, await request.body())
+        self.check_name(body.model)
+        try:
+            return await while_connected(request.receive, self._embeddings.answer(body))
+        except ClientLeft:
+            return Response(status_code=499)
+
     def cut_off(self) -> None:
         """End all running answers; their clients get an error."""
+        self._embeddings.cut_off()
         for request in list(self._running):
             request.cancel()
 

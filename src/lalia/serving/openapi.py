@@ -5,7 +5,8 @@ from typing import Any
 from fastapi import FastAPI
 from pydantic.json_schema import models_json_schema
 
-from lalia.serving.schema import ChatRequest, CompletionRequest, GenerationRequest
+from lalia.serving.schema import ChatRequest, CompletionRequest, EmbeddingRequest
+from lalia.settings import Settings
 
 _ERROR = {
     "type": "object",
@@ -37,7 +38,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def request_body(kind: type[GenerationRequest]) -> dict[str, Any]:
+def request_body(kind: type[Settings]) -> dict[str, Any]:
     """What a route that reads raw bytes says of its body."""
     schema = {"$ref": f"#/components/schemas/{kind.__name__}"}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
@@ -49,7 +50,7 @@ def describe_bodies(app: FastAPI) -> None:
 
     def openapi() -> dict[str, Any]:
         description = generate()
-        kinds = [(ChatRequest, "validation"), (CompletionRequest, "validation")]
+        kinds = [(kind, "validation") for kind in (ChatRequest, CompletionRequest, EmbeddingRequest)]
         _, schemas = models_json_schema(kinds, ref_template="#/components/schemas/{model}")  # pyright: ignore[reportArgumentType]
         description.setdefault("components", {}).setdefault("schemas", {}).update(schemas["$defs"])
         return description

@@ -23,6 +23,8 @@ from lalia.settings import Settings
 
 MAX_CHOICES = 8
 MAX_PROMPTS = 64
+MAX_INPUTS = 2048
+"""Texts of one request to /v1/embeddings, as OpenAI has it."""
 MAX_LOGPROBS = 20
 MAX_MESSAGES = 1000
 SHOWN_PROBLEMS = 8
@@ -114,6 +116,19 @@ def _prompts(value: Any) -> list[str | list[int]]:
         raise ValueError("the prompt is empty; give at least one character or token id")
     if len(value) > MAX_PROMPTS:
         raise ValueError(f"{len(value)} prompts, at most {MAX_PROMPTS} per request are allowed")
+    return value
+
+
+def _inputs(value: Any) -> list[str | list[int]]:
+    """As `_prompts`, with more of them; an empty text has a vector too, an empty list of ids has none."""
+    if _is_ids(value) or isinstance(value, str):
+        value = [value]
+    if not isinstance(value, list) or not (all(isinstance(p, str) for p in value) or all(map(_is_ids, value))):
+        raise ValueError("expected a string, a list of strings, a list of token ids or a list of token-id lists")
+    if not value or any(ids == [] for ids in value):
+        raise ValueError("the input is empty; give at least one text or token id")
+    if len(value) > MAX_INPUTS:
+        raise ValueError(f"{len(value)} texts, at most {MAX_INPUTS} per request are allowed")
     return value
 
 
@@ -267,7 +282,19 @@ class CompletionRequest(GenerationRequest):
         return min(COMPLETION_TOKENS, room) if self.max_tokens is None else self.max_tokens
 
 
-Body = TypeVar("Body", bound=GenerationRequest)
+class EmbeddingRequest(Settings):
+    """Body of POST /v1/embeddings."""
+
+    model_config = ConfigDict(strict=True)
+
+    model: str | None = None
+    input: Annotated[list[str | list[int]], PlainValidator(_inputs), WithJsonSchema(_PROMPT)]
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = Field(default=None, description="the length that the vectors have, or null")
+    user: str | None = Field(default=None, description="a label of the client's; neither used nor logged")
+
+
+Body = TypeVar("Body", bound=Settings)
 
 
 def parse_body(kind: type[Body], body: bytes) -> Body:
@@ -319,7 +346,7 @@ def _remove_neutral(
     return problems
 
 
-def _describe(kind: type[GenerationRequest], problem: Any) -> tuple[str, str]:
+def _describe(kind: type[Settings], problem: Any) -> tuple[str, str]:
     """(field, message) of one of pydantic's errors."""
     # Union members and the like put their type's name into the location; a field's path has none of those.
     location = [str(part) for part in problem["loc"]]

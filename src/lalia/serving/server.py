@@ -13,7 +13,8 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from lalia.errors import UserError
-from lalia.inference.language_model import load
+from lalia.inference.clip import Clip
+from lalia.inference.loading import load
 from lalia.progress import Progress
 from lalia.serving.app import create_app
 from lalia.serving.gate import LOOPBACK_NAMES, Traffic
@@ -48,6 +49,8 @@ def serve(
     with listen(host, port) as listener:  # before the model is loaded, which takes longer
         address, port = listener.getsockname()[:2]
         model = load(folder)
+        if isinstance(model, Clip):
+            raise UserError(f"{folder} is a CLIP model; the server has no API for images (use lalia.load in Python)")
         app = create_app(model, name or model.name, hosts_allowed(address, host, allowed_hosts))
         shown_host = f"[{host}]" if ":" in host else host
         progress.say(f"{name or model.name} answers at http://{shown_host}:{port} (API: /v1). Ctrl-C stops it.")

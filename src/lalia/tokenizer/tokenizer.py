@@ -256,6 +256,17 @@ class Tokenizer:
             raise UserError(f"token id {token_id} is outside the vocabulary of {self.vocab_size}")
         return self._texts.inner[token_id]
 
+    def token(self, token_id: int) -> str:
+        """A token as the vocabulary spells it: "##ing" of WordPiece, "\u2581the" of SentencePiece.
+
+        Raises:
+            UserError: if there is no such id.
+        """
+        token = self._backend.id_to_token(token_id) if 0 <= token_id < self.vocab_size else None
+        if token is None:
+            raise UserError(f"there is no token with the id {token_id} in the vocabulary of {self.vocab_size}")
+        return token
+
     def first_token_bytes(self, token_id: int) -> bytes:
         """As `token_bytes`, of a token that begins a text."""
         return self._texts.first.get(token_id, self.token_bytes(token_id))

@@ -47,6 +47,7 @@ class Trainer:
         micro_batch_size: rows per forward pass; None means the whole batch. It does not change the result beyond
             rounding.
         checkpoint_seconds: time between checkpoints.
+        unit: what the objective's weight counts, for messages.
         evaluate: called at `evaluation_steps` (and never timed as training), returns fields for the log.
     """
 
@@ -64,12 +65,14 @@ class Trainer:
         checkpoint_seconds: float = 30.0,
         evaluate: Callable[[int], dict[str, Any]] | None = None,
         evaluation_steps: frozenset[int] = frozenset(),
+        unit: str = "token",
     ) -> None:
         self.model, self.batches, self.objective = model, batches, objective
         self.num_steps, self.settings = num_steps, optimizer
         self.folder, self.run_fingerprint, self.progress = folder, run_fingerprint, progress
         self.micro_batch_size, self.checkpoint_seconds = micro_batch_size, checkpoint_seconds
         self.evaluate, self.evaluation_steps = evaluate, evaluation_steps
+        self.unit = unit
         self.optimizers = make_optimizers(model, optimizer)
         self.step = 0
         self.seconds = 0.0
@@ -177,8 +180,8 @@ class Trainer:
         )
         if self.step % (self._log_every * 5) == 0 or self.step == self.num_steps:
             self.progress.say(
-                f"step {self.step:>6}/{self.num_steps}  loss {loss:.3f} nats/token  {speed:>7,.0f} tokens/s  "
-                f"{_clock(self.seconds)} done, {_clock(remaining)} to go"
+                f"step {self.step:>6}/{self.num_steps}  loss {loss:.3f} nats/{self.unit}  "
+                f"{speed:>7,.0f} {self.unit}s/s  {_clock(self.seconds)} done, {_clock(remaining)} to go"
             )
 
     def _evaluate(self) -> None:
