@@ -63,6 +63,7 @@ def attend_behind(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Te
     """
     _, heads, seq, head_dim = query.shape
     kv_heads, before = key.shape[1], key.shape[2] - seq
+    assert before > 0, "without earlier keys the kernel divides by zero"
     groups = heads // kv_heads
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # scaled_dot_product_attention's, with the sums
     # Heads that share keys stand one behind the other as one longer sequence, or as batches: keys are never repeated.

@@ -171,10 +171,11 @@ def _doubled(size: int, needed: int, limit: int) -> int:
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Zeros, not arbitrary memory: attention over a padded batch multiplies unused values by 0, and 0 * NaN is NaN."""
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    # torch.zeros writes its zeros. NumPy asks the system for zeroed pages, which occupy memory once written to.
-    size, alignment = math.prod(shape) * dtype.itemsize, 64
-    memory = torch.from_numpy(np.zeros(size + alignment, np.uint8))
-    begin = -memory.data_ptr() % alignment
-    return memory[begin : begin + size].view(dtype).view(shape)
+    with torch.inference_mode(False):  # so that passes with and without inference mode may write
+        if device.type != "cpu":
+            return torch.zeros(shape, dtype=dtype, device=device)
+        # torch.zeros writes its zeros. NumPy asks the system for zeroed pages, which occupy memory once written to.
+        size, alignment = math.prod(shape) * dtype.itemsize, 64
+        memory = torch.from_numpy(np.zeros(size + alignment, np.uint8))
+        begin = -memory.data_ptr() % alignment
+        return memory[begin : begin + size].view(dtype).view(shape)
