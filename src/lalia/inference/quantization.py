@@ -39,6 +39,8 @@ FEW_ROWS = {4: 4, 8: 2}
 COPY_LIMIT_BYTES = 1 << 30
 """Models that take more than this in bfloat16 get no copy in it: memory matters more there than the speed of prompts."""
 CHUNK_ROWS = 4096
+# The operator itself: looking it up in torch.ops takes as long as a small operation.
+_int4_product = torch.ops.aten._weight_int4pack_mm_for_cpu.default
 QUANTIZED = re.compile(
     r"embedding\.weight|head\.weight|layers\.\d+\.(attention\.(qkv|output)|feed_forward\.(up|down))(\.weight)?"
 )
@@ -168,13 +170,13 @@ class QuantizedLinear:
             out = torch.ops.mkldnn._linear_pointwise(half, self.copy, None, "none", [], "")
         else:
             out = self._few(half)
-        out = out.to(x.dtype)
-        return out if bias is None else out.add_(bias.to(x.dtype))
+        out = out.float() if x.dtype == torch.float32 else out.to(x.dtype)
+        return out if bias is None else out.add_(bias)
 
     def _few(self, x: Tensor) -> Tensor:
         if self.bits == 8:
             x = torch.cat((x, x), 1)
-        out = torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.packed, self.group, self.scales)
+        out = _int4_product(x, self.packed, self.group, self.scales)
         return out if out.shape[1] == self.shape[0] else out[:, : self.shape[0]].contiguous()
 
     def dequantized(self) -> Tensor:
