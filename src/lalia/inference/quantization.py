@@ -79,10 +79,15 @@ class Groups:
 
     @staticmethod
     def concatenated(parts: Sequence["Groups"]) -> "Groups":
-        """One matrix below the other. Four-bit codes among eight-bit ones count as such."""
+        """One matrix below the other. Four-bit codes among eight-bit ones become the middle ones of those."""
         assert len({part.group for part in parts}) == 1
+        if len({part.bits for part in parts}) > 1:
+            parts = [
+                part if part.bits == 8 else Groups(part.codes + 120, part.scale, part.offset - 120 * part.scale, 8)
+                for part in parts
+            ]
         codes, scale, offset = (torch.cat([getattr(p, name) for p in parts]) for name in ("codes", "scale", "offset"))
-        return Groups(codes, scale, offset, max(part.bits for part in parts))
+        return Groups(codes, scale, offset, parts[0].bits)
 
 
 def quantize(weight: Tensor, bits: int, group: int | None = None) -> Groups:
