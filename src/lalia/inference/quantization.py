@@ -37,7 +37,7 @@ ROWS_MULTIPLE = 16
 FEW_ROWS = {4: 4, 8: 2}
 """Up to so many activations at a time the int4 kernel is faster than bfloat16 products, measured on AMD Zen 4."""
 COPY_LIMIT_BYTES = 1 << 30
-"""Models that take more than this in bfloat16 get no copy in it: memory matters more there than the speed of prompts."""
+"""Models that take more than this in bfloat16 get no copy in it: memory matters more there than fast prompts."""
 CHUNK_ROWS = 4096
 # The operator itself: looking it up in torch.ops takes as long as a small operation.
 _int4_product = torch.ops.aten._weight_int4pack_mm_for_cpu.default
