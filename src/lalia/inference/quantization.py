@@ -353,6 +353,8 @@ def quantized_reader(source: TensorSource, how: Quantize | None) -> Reader:
                 groups = quantize(values.t() if piece.transposed else values, bits or 8, group)
             matrices[piece.start // shape[-2] if len(shape) == 3 else 0].append(groups)
         whole = [Groups.concatenated(parts) for parts in matrices]
+        if isinstance(source, GGUFFile):
+            source.release_pages()
         how_made = "as in the file" if exact else f"int{whole[0].bits} from {' and '.join(kinds)}"
         return make_weight(model, name, whole, f"{' and '.join(kinds)}, {how_made}" if exact else how_made)
 
