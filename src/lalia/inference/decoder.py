@@ -273,6 +273,8 @@ class _Layer:
             turned.mul_(cos).addcmul_(swapped, sin)
         if self.qk_norm is not None and c.qk_norm == "after_rope":
             self.qk_norm.in_place(rotated)
+        if context.seq == 1 and context.batch == 1 and not c.attention_softcap:
+            return context.attend_one(self.number, qkv, self.window, self.scale)
         query, kv = qkv.split((heads, 2 * kv_heads), 1)
         keys, values = context.write(self.number, kv, self.window).split(kv_heads, 1)
         return context.attend(query, keys, values, self.window, self.scale)

@@ -37,8 +37,10 @@ ROWS_MULTIPLE = 16
 FEW_ROWS = {4: 4, 8: 2}
 """Up to so many activations at a time the int4 kernel is faster than bfloat16 products, measured on AMD Zen 4."""
 COPY_LIMIT_BYTES = 1 << 30
-"""Models that take more than this in bfloat16 get no copy in it: memory matters more there than the speed of prompts."""
+"""Models that take more than this in bfloat16 get no copy in it: memory matters more there than fast prompts."""
 CHUNK_ROWS = 4096
+# The operator itself: looking it up in torch.ops takes as long as a small operation.
+_int4_product = torch.ops.aten._weight_int4pack_mm_for_cpu.default
 QUANTIZED = re.compile(
     r"embedding\.weight|head\.weight|layers\.\d+\.(attention\.(qkv|output)|feed_forward\.(up|down))(\.weight)?"
 )
@@ -77,10 +79,15 @@ class Groups:
 
     @staticmethod
     def concatenated(parts: Sequence["Groups"]) -> "Groups":
-        """One matrix below the other. Four-bit codes among eight-bit ones count as such."""
+        """One matrix below the other. Four-bit codes among eight-bit ones become the middle ones of those."""
         assert len({part.group for part in parts}) == 1
+        if len({part.bits for part in parts}) > 1:
+            parts = [
+                part if part.bits == 8 else Groups(part.codes + 120, part.scale, part.offset - 120 * part.scale, 8)
+                for part in parts
+            ]
         codes, scale, offset = (torch.cat([getattr(p, name) for p in parts]) for name in ("codes", "scale", "offset"))
-        return Groups(codes, scale, offset, max(part.bits for part in parts))
+        return Groups(codes, scale, offset, parts[0].bits)
 
 
 def quantize(weight: Tensor, bits: int, group: int | None = None) -> Groups:
@@ -168,13 +175,13 @@ class QuantizedLinear:
             out = torch.ops.mkldnn._linear_pointwise(half, self.copy, None, "none", [], "")
         else:
             out = self._few(half)
-        out = out.to(x.dtype)
-        return out if bias is None else out.add_(bias.to(x.dtype))
+        out = out.float() if x.dtype == torch.float32 else out.to(x.dtype)
+        return out if bias is None else out.add_(bias)
 
     def _few(self, x: Tensor) -> Tensor:
         if self.bits == 8:
             x = torch.cat((x, x), 1)
-        out = torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.packed, self.group, self.scales)
+        out = _int4_product(x, self.packed, self.group, self.scales)
         return out if out.shape[1] == self.shape[0] else out[:, : self.shape[0]].contiguous()
 
     def dequantized(self) -> Tensor:
@@ -346,6 +353,8 @@ def quantized_reader(source: TensorSource, how: Quantize | None) -> Reader:
                 groups = quantize(values.t() if piece.transposed else values, bits or 8, group)
             matrices[piece.start // shape[-2] if len(shape) == 3 else 0].append(groups)
         whole = [Groups.concatenated(parts) for parts in matrices]
+        if isinstance(source, GGUFFile):
+            source.release_pages()
         how_made = "as in the file" if exact else f"int{whole[0].bits} from {' and '.join(kinds)}"
         return make_weight(model, name, whole, f"{' and '.join(kinds)}, {how_made}" if exact else how_made)
 

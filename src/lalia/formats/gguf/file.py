@@ -182,6 +182,10 @@ class GGUFFile:
         """
         return self._read(self._source(name), out)
 
+    def release_pages(self) -> None:
+        """Let the system take back the memory of what was read of the mapped file; it is read again where needed."""
+        self._data.madvise(mmap.MADV_DONTNEED)
+
     def blocks(self, name: str) -> tuple[str, Tensor]:
         """The kind and the bytes of a tensor as they are in the file, rows in the order of the model folder.
 

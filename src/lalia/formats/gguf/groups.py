@@ -9,6 +9,8 @@ from torch import Tensor
 from lalia.formats.gguf.kinds import KINDS, dequantize
 
 GROUP = 32
+FIVE_BITS_FROM = 112
+"""Where the 32 codes of five-bit kinds lie among 256: around the middle, where rounding an offset costs least."""
 
 
 class Codes(NamedTuple):
@@ -80,4 +82,6 @@ def codes_of(kind_name: str, blocks: Tensor) -> Codes:
         dequantize(kind, blocks[part], values)
         values = values.view(len(rows), -1, GROUP).sub_(offset[part, :, None]).div_(scale[part, :, None])
         codes[part] = values.round_().nan_to_num_(0.0, 0.0, 0.0).clamp_(0, 2**bits - 1).view(len(rows), -1)
+    if kind_name.startswith("Q5"):
+        codes, offset = codes.add_(FIVE_BITS_FROM), offset - FIVE_BITS_FROM * scale
     return Codes(codes, scale, offset, bits)
