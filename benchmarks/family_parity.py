@@ -87,11 +87,11 @@ def put_into(page: Path, table: str) -> None:
 def main() -> None:
     """Measure, print, and write both files."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    result = measure()
+    result = {**measure(), "machine": describe(threads=1)}
     table = as_markdown(result)
     print(table)
     put_into(PAGE, table)
-    write_json(RESULT, {**result, "machine": describe(threads=1)})
+    write_json(RESULT, result)
 
 
 if __name__ == "__main__":

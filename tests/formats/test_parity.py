@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from lalia.formats.hf_folder import load_model, save_model
+from lalia.inference import context
 from lalia.model.families.registry import FAMILIES
 from lalia.model.transformer import Transformer
 from tests.formats.parity import CHECKS, TOLERANCE, VISIBLE, altered, checks_of, control, one_pass, spelled
@@ -28,6 +29,15 @@ def test_parity(name: str, check: str, reference: Reference, loaded: Loaded, tmp
     found = CHECKS[check](name, reference(name)[0], loaded(name), tmp_path)
     print(f"{name}, {check}: {found:.2e}")
     assert found <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_decoder_sequence_by_sequence(
+    name: str, reference: Reference, loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How batches of long sequences attend; `test_parity` takes the padded way of short ones."""
+    monkeypatch.setattr(context, "PADDED_BATCH_TOKENS", 0)
+    assert CHECKS["decoder"](name, reference(name)[0], loaded(name), tmp_path) <= TOLERANCE
 
 
 @pytest.mark.parametrize("name", MODELS)
