@@ -12,6 +12,7 @@ from typing import Any
 from lalia.errors import UserError
 from lalia.files import read_json, replace_directory, write_json, write_text
 from lalia.formats.hf_folder import CONFIG, GENERATION, load_model, read_config, save_model
+from lalia.formats.sentence_transformers import Pooling, read_pooling
 from lalia.model.families import registry
 from lalia.tokenizer.bpe import Tokenizer
 
@@ -139,7 +140,7 @@ def _to_onnx(int8: bool) -> Callable[[Path, Path, str, str], dict[str, Any]]:
         del name
         model = load_model(source)
         path = folder / ("model_quantized.onnx" if int8 else "model.onnx")
-        exported = export_onnx(model, path, int8=int8, pooling=_pooling(source))
+        exported = export_onnx(model, path, int8=int8, **_pooling(source))
         _copy_companions(source, folder)
         sequences, bytes_per_token = _sequences(source, model, text)
         figures = compare(model, OnnxModel(path), sequences)
@@ -214,25 +215,17 @@ def _config_values(source: Path) -> dict[str, Any]:
     return read_json(source / CONFIG) if (source / CONFIG).is_file() else registry.to_hf(read_config(source))
 
 
-def _pooling(source: Path) -> Any:
-    """How a sentence-transformers folder makes one vector of a text: "mean" or "first"; "mean" if it is none.
+def _pooling(source: Path) -> dict[str, Any]:
+    """How a sentence-transformers folder makes one vector of a text, as arguments of `export_onnx`.
 
     Raises:
-        UserError: if it asks for another way.
+        UserError: if it is a way that the graphs do not know.
     """
-    path = source / "1_Pooling" / CONFIG
-    if not path.is_file():
-        return "mean"
-    settings = read_json(path)
-    modes = [
-        key.removeprefix("pooling_mode_") for key, on in settings.items() if key.startswith("pooling_mode_") and on
-    ]
-    if isinstance(settings.get("pooling_mode"), str):
-        modes = [settings["pooling_mode"]]
-    named = {"mean_tokens": "mean", "mean": "mean", "cls_token": "first", "cls": "first"}
-    if len(modes) != 1 or modes[0] not in named:
-        raise UserError(f"{path}: pooling by {', '.join(modes) or 'nothing'}; ONNX graphs pool by mean or by cls")
-    return named[modes[0]]
+    pooling = read_pooling(source) or Pooling()
+    named = {("mean",): "mean", ("cls",): "first"}
+    if pooling.modes not in named:
+        raise UserError(f"{source}: pooling by {', '.join(pooling.modes)}; ONNX graphs pool by mean or by cls")
+    return {"pooling": named[pooling.modes], "normalize": pooling.normalize}
 
 
 def _sequences(source: Path, model: Any, text: str) -> tuple[list[list[int]], float]:
