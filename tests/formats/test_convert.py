@@ -140,6 +140,19 @@ def test_gguf(kind: str, decoder: Path, tmp_path: Path) -> None:
     assert difference == 0
 
 
+def test_from_gguf(decoder: Path, tmp_path: Path) -> None:
+    """A GGUF file becomes a model folder, or a graph, with its tokenizer."""
+    convert(decoder, "gguf-f16", tmp_path / "gguf")
+    facts = convert(tmp_path / "gguf", "onnx", tmp_path / "onnx")
+    assert facts["relative_error"] < 1e-5 and "# Tiny" in (tmp_path / "onnx" / "README.md").read_text(encoding="utf-8")
+    convert(tmp_path / "gguf" / "tiny.F16.gguf", "hf", tmp_path / "hf")
+    one, other = load_model(decoder).state_dict(), load_model(tmp_path / "hf").state_dict()
+    assert one.keys() == other.keys()
+    assert max((one[name] - other[name]).abs().max().item() for name in one) < 1e-3
+    text = "The committee will meet."
+    assert Tokenizer.load(tmp_path / "hf").encode(text) == Tokenizer.load(decoder).encode(text)
+
+
 def test_hf(decoder: Path, tmp_path: Path) -> None:
     convert(decoder, "hf", tmp_path / "out")
     one, other = load_model(decoder), load_model(tmp_path / "out")
