@@ -51,7 +51,7 @@ MINIATURE = [
 EXCERPT_CHARACTERS = 5_000
 """Taken from the beginning of every play for the small edition, and from behind that for the notes."""
 
-NOT_KEYS = {"tokenizer.json", "model.safetensors", "model.engine.submit"}
+NOT_KEYS = {"tokenizer.json", "model.safetensors", "model.engine.submit", "model.onnx", "model.onnx_data"}
 """What looks like a recipe key and is none."""
 
 SHELL_SECONDS = 180

@@ -1,9 +1,11 @@
 """`lalia convert`: what the new folder holds, what is refused, and that nothing half-made stays."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -104,18 +106,24 @@ def test_bits_per_byte_is_that_of_the_text(decoder: Path, tmp_path: Path) -> Non
 
 
 def test_encoder(encoder: Path, tmp_path: Path) -> None:
-    (tmp_path / "pooling" / "1_Pooling").mkdir(parents=True)
-    for path in encoder.iterdir():
-        (tmp_path / "pooling" / path.name).write_bytes(path.read_bytes())
+    from lalia.formats.onnx.run import OnnxModel
+
     facts = convert(encoder, "onnx", tmp_path / "mean")
     assert facts["task"] == "feature-extraction" and facts["cosine"] == pytest.approx(1.0, abs=1e-6)
-    settings = tmp_path / "pooling" / "1_Pooling" / "config.json"
+    other = tmp_path / "pooling"
+    shutil.copytree(encoder, other)
+    (other / "1_Pooling").mkdir()
+    modules = [{"type": "models.Transformer", "path": ""}, {"type": "models.Pooling", "path": "1_Pooling"}]
+    (other / "modules.json").write_text(json.dumps(modules), encoding="utf-8")
+    settings = other / "1_Pooling" / "config.json"
     settings.write_text('{"pooling_mode_cls_token": true, "pooling_mode_mean_tokens": false}', encoding="utf-8")
-    facts = convert(tmp_path / "pooling", "onnx", tmp_path / "cls")
-    assert facts["cosine"] == pytest.approx(1.0, abs=1e-6)
+    assert convert(other, "onnx", tmp_path / "cls")["cosine"] == pytest.approx(1.0, abs=1e-6)
+    out = OnnxModel(tmp_path / "cls" / "model.onnx").forward(np.array([[5, 6, 7]]))
+    assert np.array_equal(out["sentence_embedding"], out["last_hidden_state"][:, 0])  # no Normalize module
+    assert (tmp_path / "cls" / "modules.json").is_file() and (tmp_path / "cls" / "1_Pooling" / "config.json").is_file()
     settings.write_text('{"pooling_mode_max_tokens": true}', encoding="utf-8")
-    with pytest.raises(UserError, match="pooling by max_tokens; ONNX graphs pool by mean or by cls"):
-        convert(tmp_path / "pooling", "onnx", tmp_path / "max")
+    with pytest.raises(UserError, match="pooling by max; ONNX graphs pool by mean or by cls"):
+        convert(other, "onnx", tmp_path / "max")
     assert not (tmp_path / "max").exists()
 
 
@@ -130,6 +138,19 @@ def test_gguf(kind: str, decoder: Path, tmp_path: Path) -> None:
     assert file.config_values()["model_type"] == "qwen3"
     difference = (file.tensor("model.norm.weight") - load_model(decoder).state_dict()["norm.weight"]).abs().max()
     assert difference == 0
+
+
+def test_from_gguf(decoder: Path, tmp_path: Path) -> None:
+    """A GGUF file becomes a model folder, or a graph, with its tokenizer."""
+    convert(decoder, "gguf-f16", tmp_path / "gguf")
+    facts = convert(tmp_path / "gguf", "onnx", tmp_path / "onnx")
+    assert facts["relative_error"] < 1e-5 and "# Tiny" in (tmp_path / "onnx" / "README.md").read_text(encoding="utf-8")
+    convert(tmp_path / "gguf" / "tiny.F16.gguf", "hf", tmp_path / "hf")
+    one, other = load_model(decoder).state_dict(), load_model(tmp_path / "hf").state_dict()
+    assert one.keys() == other.keys()
+    assert max((one[name] - other[name]).abs().max().item() for name in one) < 1e-3
+    text = "The committee will meet."
+    assert Tokenizer.load(tmp_path / "hf").encode(text) == Tokenizer.load(decoder).encode(text)
 
 
 def test_hf(decoder: Path, tmp_path: Path) -> None:

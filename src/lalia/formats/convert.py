@@ -11,7 +11,9 @@ from typing import Any
 
 from lalia.errors import UserError
 from lalia.files import read_json, replace_directory, write_json, write_text
-from lalia.formats.hf_folder import CONFIG, GENERATION, load_model, read_config, save_model
+from lalia.formats.hf_folder import CONFIG, GENERATION, save_model
+from lalia.formats.loading import OpenModel, gguf_path, open_model
+from lalia.formats.sentence_transformers import Pooling, read_pooling
 from lalia.model.families import registry
 from lalia.tokenizer.bpe import Tokenizer
 
@@ -55,23 +57,38 @@ MAX_SEQUENCES = 32
 
 
 @dataclass(frozen=True)
+class Given:
+    """What is converted.
+
+    Attributes:
+        name: of the model.
+        open: its files.
+        folder: with config.json, tokenizer and card: the model's own, or, for a GGUF file, one made of the file.
+    """
+
+    name: str
+    open: OpenModel
+    folder: Path
+
+
+@dataclass(frozen=True)
 class Target:
     """A format to convert to.
 
     Attributes:
         what: it is, for people.
-        write: (source folder, new folder, its final name, text to compare on) -> facts about what was written.
+        write: (what is converted, new folder, text to compare on) -> facts about what was written.
         needs: packages, with the extra that brings them.
     """
 
     what: str
-    write: Callable[[Path, Path, str, str], dict[str, Any]]
+    write: Callable[[Given, Path, str], dict[str, Any]]
     needs: tuple[str, ...] = ()
     extra: str = ""
 
 
 def convert(source: Path, target: str, out: Path | None = None, text: Path | None = None) -> dict[str, Any]:
-    """Write `source`, a model folder, in another format.
+    """Write `source`, a model folder or a GGUF file, in another format.
 
     Args:
         target: one of TARGETS.
@@ -93,23 +110,40 @@ def convert(source: Path, target: str, out: Path | None = None, text: Path | Non
     if missing:
         raise UserError(f'{target} needs {" and ".join(missing)}; install with: pip install "lalia[{chosen.extra}]"')
     source = source.expanduser()
-    read_config(source)  # refuse what is no model before anything is written
     sample = SAMPLE if text is None else _read_text(text)
-    name = source.resolve().name
-    out = source.parent / f"{source.name}-{target}" if out is None else out.expanduser()
-    _check_out(out, source)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-    try:
-        facts = {"target": target, "path": str(out), **chosen.write(source, temporary, name, sample)}
-        write_text(temporary / CARD, _card(source, target, chosen, facts))
-        write_json(temporary / RECORD, {"lalia": VERSION, "source": name, **facts, "path": out.name})
-        temporary.chmod(0o755)
-        replace_directory(temporary, out)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    with tempfile.TemporaryDirectory() as staging, open_model(source) as opened:
+        given = _given(source, opened, Path(staging))
+        out = source.parent / f"{given.name}-{target}" if out is None else out.expanduser()
+        _check_out(out, source)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+        try:
+            facts = {"target": target, "path": str(out), **chosen.write(given, temporary, sample)}
+            write_text(temporary / CARD, _card(given, target, chosen, facts))
+            write_json(temporary / RECORD, {"lalia": VERSION, "source": given.name, **facts, "path": out.name})
+            temporary.chmod(0o755)
+            replace_directory(temporary, out)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
     return facts
+
+
+def _given(source: Path, opened: OpenModel, staging: Path) -> Given:
+    gguf = gguf_path(source)
+    if gguf is None:
+        return Given(source.resolve().name, opened, source)
+    ids = sorted(opened.end_ids)
+    tokenizer = opened.needed_tokenizer()
+    roles = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}
+    write_json(staging / CONFIG, {**registry.to_hf(opened.config), **roles})
+    tokenizer.save(staging, opened.config.max_position_embeddings)
+    if ids:
+        write_json(staging / GENERATION, {**roles, "eos_token_id": ids})
+    for name in (CARD, "LICENSE"):
+        if (gguf.parent / name).is_file():
+            shutil.copyfile(gguf.parent / name, staging / name)
+    return Given(source.resolve().name.removesuffix(".gguf"), opened, staging)
 
 
 def _read_text(path: Path) -> str:
@@ -131,15 +165,14 @@ def _check_out(out: Path, source: Path) -> None:
 # Writers, one for each kind of target
 
 
-def _to_onnx(int8: bool) -> Callable[[Path, Path, str, str], dict[str, Any]]:
-    def write(source: Path, folder: Path, name: str, text: str) -> dict[str, Any]:
+def _to_onnx(int8: bool) -> Callable[[Given, Path, str], dict[str, Any]]:
+    def write(given: Given, folder: Path, text: str) -> dict[str, Any]:
         from lalia.formats.onnx.export import export_onnx
         from lalia.formats.onnx.run import OnnxModel, compare
 
-        del name
-        model = load_model(source)
+        source, model = given.folder, given.open.model()
         path = folder / ("model_quantized.onnx" if int8 else "model.onnx")
-        exported = export_onnx(model, path, int8=int8, pooling=_pooling(source))
+        exported = export_onnx(model, path, int8=int8, **_pooling(source))
         _copy_companions(source, folder)
         sequences, bytes_per_token = _sequences(source, model, text)
         figures = compare(model, OnnxModel(path), sequences)
@@ -164,26 +197,25 @@ def _to_onnx(int8: bool) -> Callable[[Path, Path, str, str], dict[str, Any]]:
     return write
 
 
-def _to_gguf(kind: str) -> Callable[[Path, Path, str, str], dict[str, Any]]:
-    def write(source: Path, folder: Path, name: str, text: str) -> dict[str, Any]:
+def _to_gguf(kind: str) -> Callable[[Given, Path, str], dict[str, Any]]:
+    def write(given: Given, folder: Path, text: str) -> dict[str, Any]:
         from lalia.formats.gguf import save_gguf
         from lalia.formats.weights import disassemble
 
         del text
-        model = load_model(source)
-        values = _config_values(source)
-        path = folder / f"{name}.{kind}.gguf"
+        source, model = given.folder, given.open.model()
+        path = folder / f"{given.name}.{kind}.gguf"
         tokenizer = source if (source / "tokenizer.json").is_file() else None
-        saved = save_gguf(path, values, dict(disassemble(model)), tokenizer, kind, name)
+        saved = save_gguf(path, read_json(source / CONFIG), dict(disassemble(model)), tokenizer, kind, given.name)
         kinds = {stored: len(names) for stored, names in saved.kinds.items()}
         return {"files": [path.name], "bytes": saved.num_bytes, "tensors": kinds, "remarks": saved.remarks}
 
     return write
 
 
-def _to_hf(source: Path, folder: Path, name: str, text: str) -> dict[str, Any]:
-    del name, text
-    model = load_model(source)
+def _to_hf(given: Given, folder: Path, text: str) -> dict[str, Any]:
+    del text
+    source, model = given.folder, given.open.model()
     _copy_companions(source, folder)
     generation = read_json(source / GENERATION) if (source / GENERATION).is_file() else None
     save_model(model, folder, generation)
@@ -202,37 +234,25 @@ TARGETS: dict[str, Target] = {
 
 
 def _copy_companions(source: Path, folder: Path) -> None:
-    """config.json, tokenizer and generation settings; what a folder lacks is made where it can be."""
+    """config.json, tokenizer, settings."""
     for name in COMPANIONS:
         if (source / name).is_file():
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source / name, folder / name)
-    write_json(folder / CONFIG, _config_values(source))
+    shutil.copyfile(source / CONFIG, folder / CONFIG)
 
 
-def _config_values(source: Path) -> dict[str, Any]:
-    return read_json(source / CONFIG) if (source / CONFIG).is_file() else registry.to_hf(read_config(source))
-
-
-def _pooling(source: Path) -> Any:
-    """How a sentence-transformers folder makes one vector of a text: "mean" or "first"; "mean" if it is none.
+def _pooling(source: Path) -> dict[str, Any]:
+    """How a sentence-transformers folder makes one vector of a text, as arguments of `export_onnx`.
 
     Raises:
-        UserError: if it asks for another way.
+        UserError: if it is a way that the graphs do not know.
     """
-    path = source / "1_Pooling" / CONFIG
-    if not path.is_file():
-        return "mean"
-    settings = read_json(path)
-    modes = [
-        key.removeprefix("pooling_mode_") for key, on in settings.items() if key.startswith("pooling_mode_") and on
-    ]
-    if isinstance(settings.get("pooling_mode"), str):
-        modes = [settings["pooling_mode"]]
-    named = {"mean_tokens": "mean", "mean": "mean", "cls_token": "first", "cls": "first"}
-    if len(modes) != 1 or modes[0] not in named:
-        raise UserError(f"{path}: pooling by {', '.join(modes) or 'nothing'}; ONNX graphs pool by mean or by cls")
-    return named[modes[0]]
+    pooling = read_pooling(source) or Pooling()
+    named = {("mean",): "mean", ("cls",): "first"}
+    if pooling.modes not in named:
+        raise UserError(f"{source}: pooling by {', '.join(pooling.modes)}; ONNX graphs pool by mean or by cls")
+    return {"pooling": named[pooling.modes], "normalize": pooling.normalize}
 
 
 def _sequences(source: Path, model: Any, text: str) -> tuple[list[list[int]], float]:
@@ -262,10 +282,11 @@ def _sequences(source: Path, model: Any, text: str) -> tuple[list[list[int]], fl
 # The card
 
 
-def _card(source: Path, target: str, chosen: Target, facts: dict[str, Any]) -> str:
+def _card(given: Given, target: str, chosen: Target, facts: dict[str, Any]) -> str:
     """The source's card with a section on the conversion, or that section alone."""
-    before = (source / CARD).read_text(encoding="utf-8").rstrip() if (source / CARD).is_file() else f"# {source.name}"
-    lines = ["## Conversion", "", f"Made by Lalia {VERSION}: `lalia convert {source.name} --to {target}`.", ""]
+    card = given.folder / CARD
+    before = card.read_text(encoding="utf-8").rstrip() if card.is_file() else f"# {given.name}"
+    lines = ["## Conversion", "", f"Made by Lalia {VERSION}: `lalia convert {given.name} --to {target}`.", ""]
     lines.append(f"- {chosen.what}: {', '.join(facts['files'])}, {facts['bytes']:,} bytes")
     lines += [f"- {line}" for line in report(facts)]
     return before + "\n\n" + "\n".join(lines) + "\n"

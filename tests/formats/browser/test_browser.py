@@ -142,7 +142,7 @@ def test_the_page_for_people(browser: Any, tmp_path: Path) -> None:
     out = tmp_path / "out"
     export_onnx(model, out / "model.onnx")
     tokenizer.save(out)
-    write_page(out, ["The ferry", "My sister asked"])
+    write_page(out, ["The ferry", "My sister asked"], max_tokens=12)
     shutil.copytree(ort_web(), out / "ort")
     problems: list[str] = []
     with serving({"/": out}) as url:
@@ -154,9 +154,9 @@ def test_the_page_for_people(browser: Any, tmp_path: Path) -> None:
         assert "MB, ready in" in page.locator("#facts").inner_text()
         page.locator("#prompt").select_option(label="My sister asked")
         page.locator("#go").click()
-        page.get_by_text("60 tokens,").wait_for()
+        page.get_by_text("12 tokens,").wait_for()
         got = page.locator("#text").text_content()
         page.close()
     ids = tokenizer.encode("My sister asked")
-    content = b"".join(tokenizer.token_bytes(i) for i in greedy(model, ids, 60))
+    content = b"".join(tokenizer.token_bytes(i) for i in greedy(model, ids, 12))
     assert got == "My sister asked" + content.decode("utf-8", errors="replace") and problems == []

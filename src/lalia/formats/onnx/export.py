@@ -40,6 +40,7 @@ def export_onnx(
     task: Task | None = None,
     int8: bool = False,
     pooling: Pooling = "mean",
+    normalize: bool = True,
     max_inline_bytes: int = MAX_INLINE_BYTES,
 ) -> Exported:
     """Write a model as an ONNX graph in float32, names as in transformers.js and optimum.
@@ -50,7 +51,7 @@ def export_onnx(
     The others: input_ids and attention_mask (batch, seq), token_type_ids where the model has types, give
     fill-mask: logits (batch, seq, vocab); text-classification: logits (batch, labels); feature-extraction:
     last_hidden_state (batch, seq, hidden), pooler_output where the model has one, and sentence_embedding (batch,
-    hidden) of length 1. Towers of CLIP: last_hidden_state and text_embeds or (from pixel_values) image_embeds.
+    hidden). Towers of CLIP: last_hidden_state and text_embeds or (from pixel_values) image_embeds.
 
     Args:
         model: its weights may be in any dtype; the graph's are float32.
@@ -58,6 +59,7 @@ def export_onnx(
         task: what the graph is for; by default what the model's head is.
         int8: 8-bit weights and embedding, activations quantized while running (`layers.Writer`).
         pooling: of sentence_embedding: the mean over the tokens, or the first token's state.
+        normalize: whether sentence_embedding has length 1.
         max_inline_bytes: weights of more bytes go into a second file, PATH with "_data" appended.
 
     Raises:
@@ -69,7 +71,7 @@ def export_onnx(
     graph = Graph()
     writer = Writer(graph, c, int8)
     exporter = _Exporter(graph, writer, model, task)
-    exporter.write(pooling)
+    exporter.write(pooling, normalize)
     files = graph.save(
         path,
         {"family": c.family, "task": task, "weights": "int8" if int8 else "float32", "pooling": pooling},
@@ -102,7 +104,7 @@ class _Exporter:
         self.config = model.config
         self.cached = task == "text-generation"
 
-    def write(self, pooling: Pooling) -> None:
+    def write(self, pooling: Pooling, normalize: bool) -> None:
         g, c = self.graph, self.config
         is_image = c.image_size is not None
         x = self._image() if is_image else self._tokens()
@@ -124,7 +126,7 @@ class _Exporter:
         elif self.task == "text-classification":
             g.output("logits", self._classify(x), "float32", "batch", len(c.labels))
         else:
-            self._features(x, pooling)
+            self._features(x, pooling, normalize)
         if self.cached:
             for i, (key, value) in enumerate(step.present):
                 for name, part in (("key", key), ("value", value)):
@@ -219,7 +221,7 @@ class _Exporter:
         assert classifier is not None
         return self.writer.linear("classifier", self._pooled(x), classifier.weight, classifier.bias, quantize=False)
 
-    def _features(self, x: str, pooling: Pooling) -> None:
+    def _features(self, x: str, pooling: Pooling, normalize: bool) -> None:
         g, c, m = self.graph, self.config, self.model
         g.output("last_hidden_state", x, "float32", "batch", "seq", c.hidden_size)
         if m.projection is not None:
@@ -232,8 +234,9 @@ class _Exporter:
             if m.pooler is not None:
                 g.output("pooler_output", self._pooled(x), "float32", "batch", c.hidden_size)
             y = g.op("Gather", x, 0, axis=1) if pooling == "first" else self._mean(x)
-            length = g.op("Max", g.op("ReduceL2", y, [-1], keepdims=1), 1e-12)
-            g.output("sentence_embedding", g.op("Div", y, length), "float32", "batch", c.hidden_size)
+            if normalize:
+                y = g.op("Div", y, g.op("Max", g.op("ReduceL2", y, [-1], keepdims=1), 1e-12))
+            g.output("sentence_embedding", y, "float32", "batch", c.hidden_size)
 
     def _mean(self, x: str) -> str:
         """Mean over the tokens that the mask names: (batch, seq, hidden) -> (batch, hidden)."""

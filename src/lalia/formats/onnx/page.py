@@ -11,14 +11,16 @@ from lalia.formats.hf_folder import GENERATION
 from lalia.tokenizer.bpe import Tokenizer
 
 PAGE = Path(__file__).parent / "page"
-MAX_TOKENS = 60
 
 
-def write_page(folder: Path | str, prompts: Sequence[str]) -> Path:
+def write_page(folder: Path | str, prompts: Sequence[str], max_tokens: int = 60) -> Path:
     """Write index.html, onnx_model.js and page.json into a folder that `lalia convert --to onnx` made.
 
     The page continues the prompts, which are encoded here, so that no tokenizer runs in the browser; page.json has
     their ids, the bytes of every token, and where the model is. Besides, the page needs onnxruntime-web in ort/.
+
+    Args:
+        max_tokens: at which the page stops, if no end token comes before.
 
     Returns:
         the path of index.html.
@@ -40,7 +42,7 @@ def write_page(folder: Path | str, prompts: Sequence[str]) -> Path:
         "bytes": sum((folder / name).stat().st_size for name in files.values()),
         "prompts": [{"text": text, "ids": tokenizer.encode(text)} for text in prompts],
         "stop_ids": _stop_ids(folder),
-        "max_tokens": MAX_TOKENS,
+        "max_tokens": max_tokens,
         "token_bytes": [list(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)],
     }
     for name in ("index.html", "onnx_model.js"):
