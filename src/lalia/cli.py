@@ -355,8 +355,8 @@ def train_classifier(
         shown = [f"{name} {figures[name]:.3f}" for name in ("precision", "recall", "f1") if figures[name] is not None]
         print(f"{label:<20} {'  '.join(shown)}  ({figures['held_out']} held out)")
     print(
-        f"accuracy {results['accuracy']:.3f} (always {results['majority_label']!r}: {results['majority_accuracy']:.3f}), "
-        f"macro-F1 {results['macro_f1']:.3f}; written to {out}"
+        f"accuracy {results['accuracy']:.3f}, macro-F1 {results['macro_f1']:.3f}; always {results['majority_label']!r} "
+        f"would have accuracy {results['majority_accuracy']:.3f}; written to {out}"
     )
 
 

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 BATCH_TOKENS = 16_384
 """Most tokens of a batch, padding included, whatever the batch size: what bounds the memory."""
+ENOUGH_TOKENS, WASTE = 1024, 0.15
+"""A batch of that many tokens computes as fast as a larger one, so it takes no row that would be padded by a larger
+share."""
 
 GGUF_POOLING: dict[object, tuple[Mode, ...]] = {0: ("mean",), 1: ("mean",), 2: ("cls",), 3: ("lasttoken",)}
 """By llama.cpp's number; 0 is "not said"."""
@@ -255,9 +258,13 @@ def _batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     start = 0
     while start < len(order):
-        count = max(1, min(batch_size, BATCH_TOKENS // lengths[order[start]]))
-        yield order[start : start + count]
-        start += count
+        longest = lengths[order[start]]
+        count = max(1, min(batch_size, BATCH_TOKENS // longest))
+        rows = order[start : start + count]
+        enough = -(-ENOUGH_TOKENS // longest)
+        rows = [i for place, i in enumerate(rows) if place < enough or lengths[i] > longest * (1 - WASTE)]
+        yield rows
+        start += len(rows)
 
 
 def _check_texts(texts: Sequence[str]) -> list[str]:
