@@ -202,6 +202,7 @@ def serve(
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="port to listen on; 0 takes a free one", min=0, max=65535)] = 8000,
     allow_host: Annotated[list[str] | None, typer.Option(help="answer under this host name too")] = None,
+    max_length: Annotated[int | None, typer.Option(help="longest sequence in tokens; default: the context")] = None,
 ) -> None:
     """Serve a model: a chat page at / and an OpenAI-compatible API under /v1."""
     try:
@@ -211,7 +212,8 @@ def serve(
     from lalia.formats.store import stored_name
 
     folder = _model_folder(model, "chat")
-    serve_model(folder, host=host, port=port, name=stored_name(folder), allowed_hosts=tuple(allow_host or ()))
+    hosts = tuple(allow_host or ())
+    serve_model(folder, host=host, port=port, name=stored_name(folder), allowed_hosts=hosts, max_length=max_length)
 
 
 @app.command()
