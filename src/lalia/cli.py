@@ -1,18 +1,16 @@
 """The command line: verbs that parse, call and print."""
 
-import contextlib
-import json
 import os
 import sys
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 
 from lalia import __version__
+from lalia.arguments import Json, Model, model_folder, print_json, standard_input
 from lalia.errors import UserError
+from lalia.model_verbs import app as model_verbs
 
 app = typer.Typer(
     name="lalia",
@@ -33,8 +31,6 @@ Source = Annotated[
     ),
 ]
 RunFolder = Annotated[Path | None, typer.Option("--run", help="the run folder (default: runs/NAME)")]
-Json = Annotated[bool, typer.Option("--json", help="print machine-readable results on standard output")]
-Model = Annotated[str, typer.Argument(help="a model folder, a run folder, or a name in the model store")]
 MaxTokens = Annotated[int | None, typer.Option(help="most tokens to produce (default: some that fit the context)")]
 Temperature = Annotated[float, typer.Option(help="0 is greedy; higher is more varied")]
 TopK = Annotated[int, typer.Option(help="sample among the k most probable tokens; 0 = all")]
@@ -43,6 +39,10 @@ MinP = Annotated[float, typer.Option(help="leave out tokens less probable than t
 Penalty = Annotated[float, typer.Option("--repetition-penalty", help="above 1 discourages repeating")]
 Stop = Annotated[list[str] | None, typer.Option(help="stop before this text (may be given several times)")]
 Seed = Annotated[int | None, typer.Option(help="same seed, same text")]
+Quantized = Annotated[
+    str | None,
+    typer.Option("--quantize", help="int8 or int4 weights, none for float32 (default: as the file has them)"),
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -84,7 +84,44 @@ _stage_verb("collect", "Read, clean and split documents; write them and a data c
 _stage_verb("tokenize", "Train the tokenizer and write token shards.")
 _stage_verb("pretrain", "Train the base model.")
 _stage_verb("finetune", "Teach the base model to talk.")
-_stage_verb("evaluate", "Measure the models on held-out text beside baselines.")
+
+
+@app.command()
+def evaluate(
+    source: Annotated[
+        str | None,
+        typer.Argument(
+            help="a recipe (path or name), a run folder, or your own text; with --quantize a model", show_default=False
+        ),
+    ] = None,
+    overrides: Overrides = None,
+    folder: RunFolder = None,
+    quantize: Annotated[str | None, typer.Option(help="compare a model with itself in int8 or int4")] = None,
+    text: Annotated[Path | None, typer.Option(help="what to compare on (default: the run's held-out text)")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure the models on held-out text beside baselines. Stages before it that are not done yet are run first.
+
+    With --quantize, measure what smaller weights cost one model.
+    """
+    if quantize is None:
+        if text is not None:
+            raise UserError("--text has an effect with --quantize only; give both, or leave it out")
+        from lalia.stages import VERBS
+
+        _run_until(VERBS["evaluate"], source, overrides, folder, as_json)
+        return
+    if source is None or overrides or folder is not None:
+        raise UserError("--quantize takes one model: lalia evaluate MODEL --quantize int4 [--text FILE]")
+    from lalia.evaluation.quantized import compare_quantized, held_out_texts, report
+
+    path = model_folder(source, "chat")
+    results = compare_quantized(path, held_out_texts(path, text), quantize)
+    if as_json:
+        print_json(results)
+        return
+    for line in report(results):
+        print(line)
 
 
 @app.command()
@@ -115,7 +152,7 @@ def plan(
     tokenized = all(status(run, stage)[0] == "done" for stage in stages_until(recipe, "tokens"))
     result = make_plan(recipe, facts_of_data(recipe, run_folder if tokenized else None), progress)
     if as_json:
-        _print_json(result)
+        print_json(result)
         return
     _print_plan(result)
 
@@ -133,11 +170,12 @@ def generate(
     stop: Stop = None,
     seed: Seed = None,
     logprobs: Annotated[int | None, typer.Option(help="alternatives per token to report with --json")] = None,
+    quantize: Quantized = None,
     as_json: Json = False,
 ) -> None:
     """Continue a text."""
-    text = _standard_input() if prompt == "-" else prompt
-    language_model = _load(model, "base")
+    text = standard_input() if prompt == "-" else prompt
+    language_model = _load(model, "base", quantize)
     if max_tokens is None:
         max_tokens = max(1, min(200, language_model.max_length - len(language_model.encode(text))))
     sampling: dict[str, Any] = {
@@ -152,7 +190,7 @@ def generate(
     }
     if as_json:
         result = language_model.generate(text, **sampling, logprobs=logprobs)
-        _print_json(
+        print_json(
             {"prompt": text, "text": result.text, "finish_reason": result.finish_reason, "token_ids": result.token_ids}
             | ({"logprobs": _logprobs(result)} if logprobs is not None else {})
         )
@@ -176,12 +214,13 @@ def chat(
     min_p: MinP = 0.0,
     repetition_penalty: Penalty = 1.0,
     seed: Seed = None,
+    quantize: Quantized = None,
     as_json: Json = False,
 ) -> None:
     """Talk with a model; each line you type is a turn."""
     from lalia.conversation import converse, reply_tokens
 
-    language_model = _load(model, "chat")
+    language_model = _load(model, "chat", quantize)
     sampling = {
         "max_tokens": reply_tokens(language_model.max_length) if max_tokens is None else max_tokens,
         "temperature": temperature,
@@ -193,7 +232,7 @@ def chat(
     }
     messages = converse(language_model, system, sampling, quiet=as_json)
     if as_json:
-        _print_json(messages)
+        print_json(messages)
 
 
 @app.command()
@@ -203,6 +242,7 @@ def serve(
     port: Annotated[int, typer.Option(help="port to listen on; 0 takes a free one", min=0, max=65535)] = 8000,
     allow_host: Annotated[list[str] | None, typer.Option(help="answer under this host name too")] = None,
     max_length: Annotated[int | None, typer.Option(help="longest sequence in tokens; default: the context")] = None,
+    quantize: Quantized = None,
 ) -> None:
     """Serve a model: a chat page at / and an OpenAI-compatible API under /v1."""
     try:
@@ -211,59 +251,19 @@ def serve(
         raise UserError(f'serving needs {error.name}; install it with: pip install "lalia[serve]"') from None
     from lalia.formats.store import stored_name
 
-    folder = _model_folder(model, "chat")
-    hosts = tuple(allow_host or ())
-    serve_model(folder, host=host, port=port, name=stored_name(folder), allowed_hosts=hosts, max_length=max_length)
+    folder = model_folder(model, "chat")
+    serve_model(
+        folder,
+        host=host,
+        port=port,
+        name=stored_name(folder),
+        allowed_hosts=tuple(allow_host or ()),
+        max_length=max_length,
+        quantize=quantize,
+    )
 
 
-@app.command()
-def pull(
-    model: Annotated[str, typer.Argument(help="smollm2, minilm, or hf:ORG/NAME[@REVISION]")],
-    force: Annotated[bool, typer.Option("--force", help="fetch it again although it is there")] = False,
-    as_json: Json = False,
-) -> None:
-    """Fetch a published model into the model store, to be used by its name."""
-    from lalia.formats.pull import pull as pull_model
-    from lalia.formats.store import read_source
-    from lalia.progress import Progress
-
-    folder = pull_model(model, force, Progress(quiet=as_json))
-    if as_json:
-        _print_json({"path": str(folder), **read_source(folder)})
-
-
-@app.command()
-def models(as_json: Json = False) -> None:
-    """List the models in the model store."""
-    from lalia.formats.store import store_folder, stored_models
-
-    found = stored_models()
-    if as_json:
-        _print_json(found)
-        return
-    for entry in found:
-        print(f"{entry['name']:<24} {entry['bytes'] / 1e6:>8,.0f} MB   {entry['license'] or 'license unknown'}")
-    print(f"{store_folder()}{'' if found else ' is empty; lalia pull smollm2 fetches a small model'}", file=sys.stderr)
-
-
-@app.command()
-def convert(
-    model: Model,
-    to: Annotated[str, typer.Option("--to", help="onnx, onnx-int8, gguf-f16, gguf-q8_0, gguf-q4_0 or hf")],
-    out: Annotated[Path | None, typer.Option(help="the new folder (default: beside the model)")] = None,
-    text: Annotated[Path | None, typer.Option(help="a text to compare an ONNX model with its source on")] = None,
-    as_json: Json = False,
-) -> None:
-    """Write a model in another format, and say how far it is from the original."""
-    from lalia.formats.convert import convert as convert_model
-    from lalia.formats.convert import report
-
-    facts = convert_model(_model_folder(model, "chat"), to, out, text)
-    if as_json:
-        _print_json(facts)
-        return
-    for line in (f"{facts['path']}: {', '.join(facts['files'])}, {facts['bytes'] / 1e6:,.1f} MB", *report(facts)):
-        print(line)
+app.add_typer(model_verbs)
 
 
 @app.command()
@@ -273,7 +273,7 @@ def doctor(as_json: Json = False) -> None:
 
     checks = examine()
     if as_json:
-        _print_json(checks)
+        print_json(checks)
     else:
         for check in checks:
             print(
@@ -283,83 +283,6 @@ def doctor(as_json: Json = False) -> None:
                 print(f"      {check['remedy']}")
     if any(check["needed"] and not check["ok"] for check in checks):
         raise typer.Exit(1)
-
-
-Texts = Annotated[list[str] | None, typer.Argument(metavar="[TEXT]...", help="texts; - reads one per line")]
-
-
-@app.command()
-def embed(model: Model, texts: Texts = None, as_json: Json = False) -> None:
-    """Make a vector of each text: one line of numbers for each."""
-    encoder, given = _encoder(model), _texts(texts)
-    with _notes():
-        vectors = encoder.embed(given)
-    if as_json:
-        _print_json({"texts": given, "embeddings": vectors.tolist()})
-        return
-    for vector in vectors:
-        print(" ".join(f"{value:.7g}" for value in vector))
-
-
-@app.command()
-def fill(
-    model: Model,
-    text: Annotated[str, typer.Argument(help="a text with a mask ([MASK] for BERT) in it; - reads standard input")],
-    top_k: Annotated[int, typer.Option(help="how many tokens to show", min=1)] = 5,
-    as_json: Json = False,
-) -> None:
-    """Show what a masked language model would put in the mask's place."""
-    encoder = _encoder(model)
-    found = encoder.fill(_standard_input().strip() if text == "-" else text, top_k)
-    if as_json:
-        _print_json([filling._asdict() for filling in found])
-        return
-    for filling in found:
-        print(f"{filling.probability:7.2%}  {filling.token}")
-
-
-@app.command()
-def classify(model: Model, texts: Texts = None, as_json: Json = False) -> None:
-    """Give each text its label: one line of probability, label and text for each."""
-    encoder, given = _encoder(model), _texts(texts)
-    with _notes():
-        results = encoder.classify(given)
-    if as_json:
-        _print_json([{"text": text, **result._asdict()} for text, result in zip(given, results, strict=True)])
-        return
-    for text, result in zip(given, results, strict=True):
-        print(f"{result.probability:7.2%}  {result.label}  {' '.join(text.split())[:80]}")
-
-
-@app.command(name="train-classifier")
-def train_classifier(
-    examples: Annotated[Path, typer.Argument(help=".jsonl or .csv with text and label")],
-    out: Annotated[Path, typer.Option(help="the folder to write")],
-    base: Annotated[str | None, typer.Option(help="an encoder to begin with (default: none, a small new one)")] = None,
-    epochs: Annotated[
-        float | None, typer.Option(help="passes over the examples (default: 3 with a base, or 8)")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Train a classifier of texts on examples, and measure it on some held out."""
-    from lalia.posttraining import classify as training
-    from lalia.progress import Progress
-
-    config = training.SCRATCH if base is None else training.ClassifierConfig()
-    if epochs is not None:
-        config = training.ClassifierConfig.parse({**config.model_dump(), "epochs": epochs}, "train-classifier")
-    start = None if base is None else _model_folder(base, "base")
-    results = training.train_classifier(start, examples.expanduser(), out.expanduser(), config, Progress(quiet=as_json))
-    if as_json:
-        _print_json(results)
-        return
-    for label, figures in results["per_label"].items():
-        shown = [f"{name} {figures[name]:.3f}" for name in ("precision", "recall", "f1") if figures[name] is not None]
-        print(f"{label:<20} {'  '.join(shown)}  ({figures['held_out']} held out)")
-    print(
-        f"accuracy {results['accuracy']:.3f}, macro-F1 {results['macro_f1']:.3f}; always {results['majority_label']!r} "
-        f"would have accuracy {results['majority_accuracy']:.3f}; written to {out}"
-    )
 
 
 def main() -> None:
@@ -416,7 +339,7 @@ def _run_until(
         run = Run(run_folder, recipe, Progress(quiet=True))
         states = {s.name: status(run, s) for s in stages_until(recipe, stage)}
         if as_json:
-            _print_json({"recipe": recipe.model_dump(mode="json"), "run": str(run_folder), "stages": states})
+            print_json({"recipe": recipe.model_dump(mode="json"), "run": str(run_folder), "stages": states})
             return
         print(to_toml(recipe.model_dump(mode="json")))
         print(f"# run folder: {run_folder}")
@@ -428,7 +351,7 @@ def _run_until(
     except KeyboardInterrupt:
         _fail("stopped; the same command continues where it left off", code=STOPPED)
     if as_json:
-        _print_json(results)
+        print_json(results)
 
 
 def _resolve(source: str | None, overrides: list[str] | None, folder: Path | None) -> tuple[Any, Path]:
@@ -455,53 +378,10 @@ def _resolve(source: str | None, overrides: list[str] | None, folder: Path | Non
     return recipe, folder or Path("runs") / recipe.name
 
 
-def _model_folder(model: str, stage: str) -> Path:
-    from lalia.formats.store import find_model
+def _load(model: str, stage: str, quantize: str | None) -> Any:
+    from lalia.inference.language_model import load
 
-    folder = find_model(model)
-    if not (folder / "config.json").exists():
-        for name in (stage, "base"):
-            if (folder / name / "config.json").exists():
-                return folder / name
-    return folder
-
-
-def _load(model: str, stage: str) -> Any:
-    import lalia
-
-    return lalia.load(_model_folder(model, stage))
-
-
-def _encoder(model: str) -> Any:
-    """An encoder, or what makes vectors in a model that generates."""
-    import lalia
-    from lalia.inference.loading import as_encoder
-
-    return as_encoder(lalia.load(_model_folder(model, "base")))
-
-
-def _texts(texts: list[str] | None) -> list[str]:
-    """The texts given, or the lines of standard input."""
-    if texts and texts != ["-"]:
-        return texts
-    return _standard_input().splitlines()
-
-
-@contextlib.contextmanager
-def _notes() -> Iterator[None]:
-    """Print warnings as one line each, at the end."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        yield
-    for warning in caught:
-        print(f"lalia: note: {warning.message}", file=sys.stderr)
-
-
-def _standard_input() -> str:
-    try:
-        return sys.stdin.read()
-    except UnicodeDecodeError as error:
-        raise UserError(f"standard input is not UTF-8 text ({error.reason} at byte {error.start})") from None
+    return load(model_folder(model, stage), quantize=quantize)
 
 
 def _logprobs(result: Any) -> list[dict[str, Any]]:
@@ -528,11 +408,6 @@ def _print_plan(result: dict[str, Any]) -> None:
     )
     for name, value, reason in rows:
         print(f"{'expected ' + name:<24} {value:>12}   {reason}")
-
-
-def _print_json(content: Any) -> None:
-    json.dump(content, sys.stdout, indent=2, ensure_ascii=False, default=str)
-    sys.stdout.write("\n")
 
 
 if __name__ == "__main__":

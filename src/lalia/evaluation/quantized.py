@@ -8,17 +8,20 @@ from typing import Any
 
 import torch
 
+from lalia.data.documents import read_documents
 from lalia.errors import UserError
 from lalia.inference.language_model import LanguageModel, load
-from lalia.inference.quantization import Quantize, bits_of, quantization_report, weight_bytes
+from lalia.inference.quantization import bits_of, quantization_report, weight_bytes
 from lalia.inference.sampling import SamplingParams
 
 PROMPT_TOKENS, NEW_TOKENS, REPEATS = 32, 32, 3
+MAX_CHARACTERS = 200_000
+"""Of a run's held-out text, how much is scored."""
 WINDOW = 1024
 """Tokens that one forward pass scores at most."""
 
 
-def compare_quantized(model: Path | str, texts: Sequence[str], how: Quantize) -> dict[str, Any]:
+def compare_quantized(model: Path | str, texts: Sequence[str], how: str) -> dict[str, Any]:
     """Score the same texts with a model in float32 and quantised.
 
     Args:
@@ -57,6 +60,43 @@ def compare_quantized(model: Path | str, texts: Sequence[str], how: Quantize) ->
     before, after = found["before"], found["after"]
     change = {name: after[name] / before[name] - 1 for name in ("bits_per_byte", "perplexity")}
     return {"how": how, **found, "change": change, "kinds": kinds, "tokens": tokens, "bytes": num_bytes}
+
+
+def held_out_texts(model: Path, text: Path | None) -> list[str]:
+    """What to compare on: a file of text, or the held-out documents of the run that a model folder is in.
+
+    Raises:
+        UserError: if the file cannot be read, or there is neither.
+    """
+    if text is not None:
+        try:
+            return [text.expanduser().read_text(encoding="utf-8")]
+        except UnicodeDecodeError as error:
+            raise UserError(f"{text} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+    documents = model.resolve().parent / "documents"
+    if not documents.is_dir():
+        raise UserError(f"{model} is in no run, so there is no held-out text; give one with --text FILE")
+    texts = [document.text for document in read_documents(documents, "validation")]
+    kept: list[str] = []
+    while texts and sum(map(len, kept)) < MAX_CHARACTERS:
+        kept.append(texts.pop(0)[:MAX_CHARACTERS])
+    return kept
+
+
+def report(results: dict[str, Any]) -> list[str]:
+    """Lines for people."""
+    before, after, change = results["before"], results["after"], results["change"]
+    rows = (("bits per byte", "bits_per_byte", 4), ("perplexity", "perplexity", 3))
+    lines = [f"{'':<24}{'float32':>12}{results['how']:>12}"]
+    for label, key, digits in rows:
+        shown = f"{label:<24}{before[key]:>12.{digits}f}{after[key]:>12.{digits}f}"
+        lines.append(f"{shown}   {change[key]:+.2%}")
+    lines.append(
+        f"{'MB that a token reads':<24}{before['size_bytes'] / 1e6:>12,.1f}{after['size_bytes'] / 1e6:>12,.1f}"
+    )
+    lines.append(f"{'tokens/s':<24}{before['tokens_per_second']:>12,.1f}{after['tokens_per_second']:>12,.1f}")
+    kinds = ", ".join(f"{count:,} in {kind}" for kind, count in results["kinds"].items())
+    return [*lines, f"weights: {kinds}; scored: {results['tokens']:,} tokens"]
 
 
 def score(model: LanguageModel, texts: Sequence[str]) -> tuple[float, int, int]:

@@ -209,14 +209,14 @@ def load(
     model: Path | str,
     max_batch: int = 16,
     max_length: int | None = None,
-    quantize: Literal["int8", "int4", "none"] | None = None,
+    quantize: str | None = None,
 ) -> LanguageModel:
     """Load a model: a Hugging Face folder, a GGUF file, or a name in the model store.
 
     Args:
         max_batch: generations computed at the same time.
         max_length: longest sequence in tokens, prompt and answer together; None means the model's context.
-        quantize: weights of floating point become integers of 8 or 4 bits. None leaves them as they are, and those
+        quantize: "int8" or "int4": weights of floating point become integers of so many bits. None leaves them as they are, and those
             that a GGUF file has as integers too; "none" makes everything float32.
 
     Raises:

@@ -34,7 +34,7 @@ def load(model: Path | str, **options: Any) -> LanguageModel | Encoder | Clip:
         config = _config(path)
         if config.causal and config.head == "language_model" and not (path / MODULES).is_file():
             return language_model.load(path, **options)
-    if options:
+    if options := {name: value for name, value in options.items() if value is not None}:
         raise UserError(f"{path}: this model does not generate text, so it takes no {', '.join(options)}")
     loaded = kind.load(path)
     loaded.name = stored_name(path) or loaded.name

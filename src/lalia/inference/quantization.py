@@ -305,7 +305,7 @@ def quantized_weight(
     return weight
 
 
-def quantize_model(model: Transformer, how: Quantize) -> list[dict[str, Any]]:
+def quantize_model(model: Transformer, how: str) -> list[dict[str, Any]]:
     """Replace a model's matrices by quantised ones, in place; already quantised ones stay as they are.
 
     Returns:
@@ -323,7 +323,7 @@ def quantize_model(model: Transformer, how: Quantize) -> list[dict[str, Any]]:
     return quantization_report(model)
 
 
-def quantized_reader(source: TensorSource, how: Quantize | None) -> Reader:
+def quantized_reader(source: TensorSource, how: str | None) -> Reader:
     """For `lalia.formats.weights.assemble`: reads the large matrices quantised, one at a time.
 
     A GGUF file's quantised tensors keep their own bits, codes and groups, whatever `how` says, if their kind is one of

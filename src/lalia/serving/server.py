@@ -31,6 +31,7 @@ def serve(
     name: str | None = None,
     allowed_hosts: Sequence[str] = (),
     max_length: int | None = None,
+    quantize: str | None = None,
 ) -> None:
     """Serve the model in `folder` over HTTP; returns after Ctrl-C or SIGTERM.
 
@@ -43,6 +44,7 @@ def serve(
         port: 0 takes a free one.
         name: the model's name in the API; default its own.
         max_length: longest sequence in tokens, prompt and answer together; None means the model's context.
+        quantize: int8, int4 or none, as for `lalia.load`.
 
     Raises:
         UserError: if the address is not to be had, or the model does not load.
@@ -50,7 +52,7 @@ def serve(
     progress = progress or Progress()
     with listen(host, port) as listener:  # before the model is loaded, which takes longer
         address, port = listener.getsockname()[:2]
-        model = load(folder, max_length=max_length)
+        model = load(folder, max_length=max_length, quantize=quantize)
         if isinstance(model, Clip):
             raise UserError(f"{folder} is a CLIP model; the server has no API for images (use lalia.load in Python)")
         app = create_app(model, name or model.name, hosts_allowed(address, host, allowed_hosts))
