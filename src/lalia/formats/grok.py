@@ -171,7 +171,7 @@ def convert_grok(
     Args:
         checkpoint: the folder ckpt-0.
         out: created if missing.
-        dtype: of the weights on disk; bfloat16 holds what 8-bit integers times bfloat16 scales say to 0.4 %.
+        dtype: of the weights on disk; bfloat16 holds what 8-bit integers times bfloat16 scales say to 0.2 %.
         max_shard_bytes: of one file, and of memory; the largest tensor, the embedding, has its own if it is larger.
 
     Raises:
