@@ -249,10 +249,10 @@ def _pooling(source: Path) -> dict[str, Any]:
         UserError: if it is a way that the graphs do not know.
     """
     pooling = read_pooling(source) or Pooling()
-    named = {("mean",): "mean", ("cls",): "first"}
-    if pooling.modes not in named:
+    named = {"mean": "mean", "cls": "first"}
+    if len(pooling.modes) != 1 or pooling.modes[0] not in named:
         raise UserError(f"{source}: pooling by {', '.join(pooling.modes)}; ONNX graphs pool by mean or by cls")
-    return {"pooling": named[pooling.modes], "normalize": pooling.normalize}
+    return {"pooling": named[pooling.modes[0]], "normalize": pooling.normalize}
 
 
 def _sequences(source: Path, model: Any, text: str) -> tuple[list[list[int]], float]:
