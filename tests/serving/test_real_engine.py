@@ -95,7 +95,7 @@ def folder(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 def test_process_serves_drains_on_sigterm_and_ends_cleanly(folder: Path) -> None:
     """Signals, port and exit status of the real thing."""
-    code = f"from lalia.serving.server import serve; serve({str(folder)!r}, port=0)"
+    code = f"from lalia.serving.server import serve; serve({str(folder)!r}, port=0, max_length=1000)"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env=environment)
     try:
@@ -104,6 +104,7 @@ def test_process_serves_drains_on_sigterm_and_ends_cleanly(folder: Path) -> None
         assert line.startswith("tiny answers at http://127.0.0.1:"), line + process.stderr.read()
         url = line.split()[3]
         refusal(httpx.post(f"{url}/v1/completions", json={"prompt": ""}))
+        assert httpx.get(f"{url}/v1/models").json()["data"][0]["max_model_len"] == 1000
         assert httpx.get(f"{url}/health", headers={"host": "evil.example"}).status_code == 400
         with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
             stream = client.completions.create(
