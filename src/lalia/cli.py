@@ -41,7 +41,7 @@ Stop = Annotated[list[str] | None, typer.Option(help="stop before this text (may
 Seed = Annotated[int | None, typer.Option(help="same seed, same text")]
 Quantized = Annotated[
     str | None,
-    typer.Option("--quantize", help="int8 or int4 weights, none for float32 (default: as the file has them)"),
+    typer.Option("--quantize", help="int8 or int4 weights, or none (default: as the file has them)"),
 ]
 
 

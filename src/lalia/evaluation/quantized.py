@@ -46,7 +46,7 @@ def compare_quantized(model: Path | str, texts: Sequence[str], how: str) -> dict
     kinds: dict[str, int] = {}
     tokens = num_bytes = 0
     for name, quantize in (("before", "none"), ("after", how)):
-        loaded = load(model, quantize=quantize)  # pyright: ignore[reportArgumentType]
+        loaded = load(model, quantize=quantize)
         nats, tokens, num_bytes = score(loaded, texts)
         found[name] = {
             "bits_per_byte": nats / math.log(2) / num_bytes,

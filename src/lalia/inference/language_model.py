@@ -216,8 +216,8 @@ def load(
     Args:
         max_batch: generations computed at the same time.
         max_length: longest sequence in tokens, prompt and answer together; None means the model's context.
-        quantize: "int8" or "int4": weights of floating point become integers of so many bits. None leaves them as they are, and those
-            that a GGUF file has as integers too; "none" makes everything float32.
+        quantize: "int8" or "int4" turns weights of floating point into integers of so many bits. None leaves them as
+            they are, and those that a GGUF file has as integers too; "none" makes everything float32.
 
     Raises:
         UserError, CorruptFile: if it is no complete model.

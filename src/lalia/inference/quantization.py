@@ -13,7 +13,7 @@ A quantised weight keeps its place in the `Transformer`: it is a parameter witho
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,6 @@ from lalia.formats.weights import Reader, TensorSource
 from lalia.model.families.family import Piece
 from lalia.model.transformer import Transformer
 
-Quantize = Literal["int8", "int4"]
 BITS = {"int8": 8, "int4": 4}
 INT4_GROUP = 32
 INT8_GROUPS = (128, 64, 32)
