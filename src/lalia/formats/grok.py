@@ -26,7 +26,7 @@ from torch import Tensor
 
 from lalia.errors import CorruptFile, UserError
 from lalia.files import write_json
-from lalia.formats.hf_folder import CONFIG, DTYPES, INDEX, MAX_SHARD_BYTES, WEIGHTS, _write_tensors
+from lalia.formats.hf_folder import CONFIG, DTYPES, INDEX, MAX_SHARD_BYTES, WEIGHTS, write_tensors
 from lalia.formats.weights import assemble, listed
 from lalia.model.config import ModelConfig
 from lalia.model.families import registry
@@ -182,7 +182,7 @@ def convert_grok(
     files = [f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors" for number in range(len(shards))]
     files = files if len(shards) > 1 else [WEIGHTS]
     for file, names in zip(files, shards, strict=True):
-        _write_tensors(out / file, {name: source.tensor(name).to(dtype).contiguous() for name in names})
+        write_tensors(out / file, {name: source.tensor(name).to(dtype).contiguous() for name in names})
     if len(shards) > 1:
         total = sum(math.prod(source.shape(name)) for name in source.names()) * dtype.itemsize
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}

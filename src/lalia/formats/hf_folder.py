@@ -67,6 +67,8 @@ def save_model(
     if generation:
         write_json(folder / GENERATION, generation)
     ids = {key: generation.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if model.config.family == "clip_text_model":  # pools at the end of the text: transformers fails on a null there
+        ids = {key: value for key, value in ids.items() if value is not None}
     # transformers 4 reads torch_dtype, transformers 5 dtype.
     write_json(folder / CONFIG, {**values, **ids, "dtype": DTYPES[dtype], "torch_dtype": DTYPES[dtype]})
 
@@ -86,7 +88,7 @@ def _write_weights(model: Transformer, folder: Path, dtype: torch.dtype, max_sha
     stale = {*folder.glob("model-*-of-*.safetensors"), folder / WEIGHTS, folder / INDEX}
     for file, shard in zip(names, shards, strict=True):
         # Copies, because safetensors refuses tensors that share memory, as the pieces of one weight do.
-        _write_tensors(folder / file, {name: part.to("cpu", dtype, copy=True).contiguous() for name, part in shard})
+        write_tensors(folder / file, {name: part.to("cpu", dtype, copy=True).contiguous() for name, part in shard})
     if len(shards) > 1:
         weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name, _ in shard}
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
@@ -263,7 +265,7 @@ def _open(path: Path, stack: contextlib.ExitStack) -> Any:
         ) from None
 
 
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write a safetensors file through a temporary neighbour, fsync and rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
