@@ -48,7 +48,7 @@ def models(as_json: Json = False) -> None:
 def convert(
     model: Model,
     to: Annotated[str, typer.Option("--to", help="onnx, onnx-int8, gguf-f16, gguf-q8_0, gguf-q4_0 or hf")],
-    out: Annotated[Path | None, typer.Option(help="the new folder (default: beside the model)")] = None,
+    out: Annotated[Path | None, typer.Option(help="the new folder (default: beside the model, or here)")] = None,
     text: Annotated[Path | None, typer.Option(help="a text to compare an ONNX model with its source on")] = None,
     as_json: Json = False,
 ) -> None:

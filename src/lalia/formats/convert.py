@@ -14,6 +14,7 @@ from lalia.files import read_json, replace_directory, write_json, write_text
 from lalia.formats.hf_folder import CONFIG, GENERATION, save_model
 from lalia.formats.loading import OpenModel, gguf_path, open_model
 from lalia.formats.sentence_transformers import Pooling, read_pooling
+from lalia.formats.store import stored_name
 from lalia.model.families import registry
 from lalia.tokenizer.bpe import Tokenizer
 
@@ -113,7 +114,9 @@ def convert(source: Path, target: str, out: Path | None = None, text: Path | Non
     sample = SAMPLE if text is None else _read_text(text)
     with tempfile.TemporaryDirectory() as staging, open_model(source) as opened:
         given = _given(source, opened, Path(staging))
-        out = source.parent / f"{given.name}-{target}" if out is None else out.expanduser()
+        # What is made of a model in the store is the user's own, and the store is not where they would look for it.
+        beside = Path() if stored_name(source) else source.parent
+        out = beside / f"{given.name}-{target}" if out is None else out.expanduser()
         _check_out(out, source)
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
