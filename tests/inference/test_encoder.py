@@ -213,6 +213,8 @@ def test_fill_equals_the_pipeline_of_transformers(masked: Path) -> None:
             pipeline.tokenizer.convert_ids_to_tokens(entry["token"]) for entry in theirs
         ]
         assert difference([f.probability for f in ours], [entry["score"] for entry in theirs]) < TOLERANCE
+    every = {filling.token for filling in encoder.fill("[MASK]", top_k=encoder.config.vocab_size)}
+    assert every == set(pipeline.tokenizer.get_vocab())
     assert encoder.fill("thou art more [MASK]") != encoder.fill("thou art [MASK] more")
 
 
@@ -267,3 +269,40 @@ def test_pooling_is_said(bert: Path) -> None:
     encoder = lalia.load(bert)
     assert isinstance(encoder, Encoder) and encoder.pooling == Pooling(("mean",), True, None, "")
     assert encoder.name == "bert" and encoder.max_length == 48
+
+
+@pytest.mark.parametrize(("pooling_type", "mode"), [(None, "mean"), (1, "mean"), (2, "cls"), (4, None)])
+def test_gguf_of_bert(
+    tmp_path: Path, bert: Path, monkeypatch: pytest.MonkeyPatch, pooling_type: int | None, mode: Any
+) -> None:
+    from lalia.formats.gguf import export
+
+    def vocabulary(folder: Path, vocab_size: int, ids: Any) -> tuple[dict[str, Any], list[str]]:
+        """WordPiece as GGUF has it: U+2581 before the tokens that begin a word, others without ##."""
+        tokenizer = lalia.load(folder).tokenizer
+        tokens = [tokenizer.token(i) for i in range(vocab_size)]
+        is_special = [token in tokenizer.special for token in tokens]
+        written = [
+            token if special else token[2:] if token.startswith("##") else "\u2581" + token
+            for token, special in zip(tokens, is_special, strict=True)
+        ]
+        return {
+            "tokenizer.ggml.model": "bert",
+            "tokenizer.ggml.tokens": written,
+            "tokenizer.ggml.token_type": np.array([3 if special else 1 for special in is_special], dtype=np.int32),
+            **({} if pooling_type is None else {"bert.pooling_type": pooling_type}),
+        }, []
+
+    monkeypatch.setattr(export, "vocabulary_metadata", vocabulary)
+    export.convert_folder(bert, tmp_path / "bert.gguf", "F32")
+    if mode is None:
+        with pytest.raises(UserError, match="pooling_type = 4"):
+            lalia.load(tmp_path / "bert.gguf")
+        return
+    ours = lalia.load(tmp_path / "bert.gguf")
+    assert ours.name == "bert" and ours.pooling == Pooling((mode,))
+    folder = lalia.load(bert)
+    folder.pooling = Pooling((mode,))
+    assert difference(ours.embed(TEXTS), folder.embed(TEXTS)) < TOLERANCE
+    folder.pooling = Pooling(("max",))
+    assert difference(ours.embed(TEXTS), folder.embed(TEXTS)) > VISIBLE

@@ -79,6 +79,9 @@ def open_model(path: Path | str) -> Iterator[OpenModel]:
             has_tokenizer = (path / "tokenizer.json").is_file()
             tokenizer = Tokenizer.load(path) if has_tokenizer else None
             end_ids = _end_ids_of_folder(path, config.vocab_size)
+        if config.head == "none" and config.pooler != "none" and not any("pooler" in name for name in source.names()):
+            # GGUF files of BERT, and some folders of sentence encoders, leave out the pooler that nothing else needs.
+            config = config.model_copy(update={"pooler": "none"})
         if tokenizer is not None and config.vocab_size and tokenizer.vocab_size > config.vocab_size:
             raise UserError(
                 f"{path}: the tokenizer has {tokenizer.vocab_size} tokens but {CONFIG} says vocab_size = "

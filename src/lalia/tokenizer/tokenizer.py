@@ -7,6 +7,7 @@ transformers, vLLM and, through GGUF, llama.cpp. lalia.tokenizer.importers reads
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -256,13 +257,17 @@ class Tokenizer:
             raise UserError(f"token id {token_id} is outside the vocabulary of {self.vocab_size}")
         return self._texts.inner[token_id]
 
+    @cached_property
+    def _names(self) -> dict[int, str]:
+        return {i: token for token, i in self._ids.items()}
+
     def token(self, token_id: int) -> str:
         """A token as the vocabulary spells it: "##ing" of WordPiece, "\u2581the" of SentencePiece.
 
         Raises:
             UserError: if there is no such id.
         """
-        token = self._backend.id_to_token(token_id) if 0 <= token_id < self.vocab_size else None
+        token = self._names.get(token_id)
         if token is None:
             raise UserError(f"there is no token with the id {token_id} in the vocabulary of {self.vocab_size}")
         return token
