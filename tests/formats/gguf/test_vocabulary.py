@@ -11,8 +11,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from lalia.errors import CorruptFile, UserError
 from lalia.formats.gguf import save_gguf
-from lalia.formats.gguf.vocabulary import PRE_BY_PATTERN, vocabulary_metadata
-from lalia.tokenizer.bpe import SPLIT_PATTERNS
+from lalia.formats.gguf.vocabulary import vocabulary_metadata
+from lalia.tokenizer.patterns import LLAMA3, QWEN2, SPLITS
 from tests.formats.gguf.conftest import TEXT
 from tests.formats.gguf.llama_cpp import ask, needs_llama_cpp
 from tests.formats.gguf.models import VOCAB, tiny
@@ -67,11 +67,11 @@ def split(pattern: str) -> Any:
     return pre_tokenizers.Split(Regex(pattern), "isolated")
 
 
-LLAMA3 = next(pattern for pattern, pre in PRE_BY_PATTERN.items() if pre == "llama-bpe")
 KNOWN: dict[str, Callable[[Path], Path]] = {
     "gpt-2": lambda folder: byte_level(folder, [], True),
     "smollm": lambda folder: byte_level(folder, [pre_tokenizers.Digits(individual_digits=True)], True),
-    "qwen2": lambda folder: byte_level(folder, [split(SPLIT_PATTERNS["qwen2"])], False),
+    "smollm as splits": lambda folder: byte_level(folder, [split(pattern) for pattern in SPLITS["smollm"]], False),
+    "qwen2": lambda folder: byte_level(folder, [split(QWEN2)], False),
     "llama-bpe": lambda folder: byte_level(folder, [split(LLAMA3)], False, ignore_merges=True, bos=True),
 }
 

@@ -13,14 +13,16 @@ from tokenizers import Tokenizer as Backend
 
 from lalia.errors import CorruptFile, UserError
 from lalia.files import read_json
-from lalia.tokenizer.bpe import SPLIT_PATTERNS, Tokenizer
+from lalia.tokenizer.bpe import Tokenizer
+from lalia.tokenizer.patterns import GPT2, SPLITS
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
 
-PRE_BY_PATTERN = {
-    SPLIT_PATTERNS["qwen2"]: "qwen2",
-    # Published with Llama 3: digits in groups of up to three.
-    SPLIT_PATTERNS["qwen2"].replace(r"\p{N}|", r"\p{N}{1,3}|"): "llama-bpe",
+PRE_BY_SPLIT = {
+    SPLITS["gpt2"]: "gpt-2",
+    SPLITS["smollm"]: "smollm",
+    SPLITS["qwen2"]: "qwen2",
+    SPLITS["llama3"]: "llama-bpe",
 }
 WITHOUT_MERGES = ("llama-bpe",)
 """Pre-tokenizers with which llama.cpp takes a whole word that is a token, whatever its merges (ignore_merges)."""
@@ -78,20 +80,11 @@ def _pre_tokenizer(content: dict[str, Any]) -> tuple[str, list[str]]:
         raise UserError(f"its model has {', '.join(f'{key} = {model[key]!r}' for key in used)}; llama.cpp does not")
     steps = content.get("pre_tokenizer") or {}
     steps = steps["pretokenizers"] if steps.get("type") == "Sequence" else [steps]
-    kinds = [step.get("type") for step in steps]
-    last = steps[-1]
-    pre = None
-    if last.get("type") == "ByteLevel" and not last.get("add_prefix_space"):
-        if kinds == ["ByteLevel"] and last.get("use_regex", True):
-            pre = "gpt-2"
-        elif kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits") and last.get("use_regex", True):
-            pre = "smollm"
-        elif kinds == ["Split", "ByteLevel"] and steps[0].get("behavior") == "Isolated" and not last.get("use_regex"):
-            pre = PRE_BY_PATTERN.get(steps[0]["pattern"].get("Regex"))
+    pre = PRE_BY_SPLIT.get(_splits(steps))
     if pre is None:
         raise UserError(
-            f"its pre-tokenizer {json.dumps(steps)[:400]} has no name in llama.cpp that Lalia knows; known are gpt-2, "
-            f"smollm, {' and '.join(PRE_BY_PATTERN.values())}"
+            f"its pre-tokenizer {json.dumps(steps)[:400]} has no name in llama.cpp that Lalia knows; known are "
+            f"{', '.join(PRE_BY_SPLIT.values())}"
         )
     if bool(model.get("ignore_merges")) != (pre in WITHOUT_MERGES):
         raise UserError(
@@ -108,6 +101,22 @@ def _pre_tokenizer(content: dict[str, Any]) -> tuple[str, list[str]]:
     if stripping:
         remarks.append(f"{', '.join(stripping[:8])}: the tokenizer takes the spaces beside them in, llama.cpp may not")
     return pre, remarks
+
+
+def _splits(steps: list[dict[str, Any]]) -> tuple[str, ...]:
+    """The patterns that cut a text, one after the other; () where something else is done to it, too."""
+    patterns: list[str] = []
+    for step in steps[:-1]:
+        if step.get("type") == "Digits" and step.get("individual_digits"):
+            patterns.append(r"\p{N}")
+        elif step.get("type") == "Split" and step.get("behavior") == "Isolated" and not step.get("invert"):
+            patterns.append(step["pattern"].get("Regex", ""))
+        else:
+            return ()
+    last = steps[-1]
+    if last.get("type") != "ByteLevel" or last.get("add_prefix_space"):
+        return ()
+    return (*patterns, GPT2) if last.get("use_regex", True) else tuple(patterns)
 
 
 def _tokens(content: dict[str, Any], vocab_size: int) -> tuple[list[str], list[int]]:
