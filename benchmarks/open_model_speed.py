@@ -174,7 +174,7 @@ def transformers(dtype: str, options: argparse.Namespace) -> Figures:
 
 
 def timed(generate: Callable[[list[int], int], list[float]], options: argparse.Namespace) -> Figures:
-    """Prefill: from the call to the first token, less the time of one token. Decode: between first and last token."""
+    """Prefill: from the call to the first token, its own step included. Decode: between first and last token."""
     generate(prompt(options.prompt_tokens), 4)  # warm up
     times = generate(prompt(options.prompt_tokens), options.new_tokens)
     decode = (len(times) - 1) / (times[-1] - times[0])
