@@ -142,7 +142,7 @@ def stop_server(folder: Path) -> tuple[int, str]:
 
 def miniature(arguments: list[str], settings: list[str]) -> list[list[str]]:
     """The commands to run in place of one: for a recipe, a dry run of it as written, then the small version."""
-    if arguments[:1] and arguments[0] in RECIPE_VERBS and "--help" not in arguments:
+    if arguments[:1] and arguments[0] in RECIPE_VERBS and not {"--help", "--quantize"} & {*arguments}:
         as_written = [a for i, a in enumerate(arguments) if a != "--minutes" and arguments[i - 1] != "--minutes"]
         dry_run = ["run", *as_written[1:], *([] if "--dry-run" in arguments else ["--dry-run"])]
         if arguments[0] == "plan":  # --minutes and a fixed number of steps exclude each other
