@@ -13,6 +13,7 @@ import lalia.formats.convert as convert_module
 from lalia.errors import UserError
 from lalia.formats.convert import RECORD, TARGETS, convert, report
 from lalia.formats.hf_folder import load_model, save_model
+from lalia.formats.loading import open_model
 from lalia.model.config import ModelConfig
 from lalia.model.transformer import Transformer
 from lalia.tokenizer.bpe import Tokenizer, train_tokenizer
@@ -221,3 +222,33 @@ def test_refusals(decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         convert(decoder, "onnx", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["latin.txt"]
     assert set(TARGETS) == {"onnx", "onnx-int8", "gguf-f16", "gguf-q8_0", "gguf-q4_0", "hf"}
+
+
+@pytest.mark.parametrize("with_generation_file", [True, False])
+def test_a_converted_folder_ends_its_answers_where_its_source_does(
+    decoder: Path, tmp_path: Path, with_generation_file: bool
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(decoder, source)
+    values = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    (source / "config.json").write_text(json.dumps({**values, "eos_token_id": 1}), encoding="utf-8")
+    if not with_generation_file:
+        (source / "generation_config.json").unlink()
+    convert(source, "hf", tmp_path / "hf")
+    with open_model(tmp_path / "hf") as opened:
+        assert opened.end_ids == {1}
+
+
+def test_links_out_of_a_model_are_not_followed(decoder: Path, tmp_path: Path) -> None:
+    source, secret = tmp_path / "source", tmp_path / "secret"
+    secret.write_text("private", encoding="utf-8")
+    shutil.copytree(decoder, source)
+    (source / "1_Pooling").mkdir()
+    (source / "1_Pooling" / "config.json").symlink_to(secret)
+    with pytest.raises(UserError, match="is a link to"):
+        convert(source, "hf", tmp_path / "hf")
+    convert(decoder, "gguf-f16", tmp_path / "gguf")
+    (tmp_path / "gguf" / "config.json").unlink(missing_ok=True)
+    (tmp_path / "gguf" / "LICENSE").symlink_to(secret)
+    with pytest.raises(UserError, match="is a link to"):
+        convert(tmp_path / "gguf", "hf", tmp_path / "hf")

@@ -147,7 +147,7 @@ def test_sharded(folder: Path, model: Transformer) -> None:
 def test_no_folder(good: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no folder .*gooood; did you mean .*good\?"):
         load_model(good.parent / "gooood")
-    with pytest.raises(UserError, match="Lalia downloads nothing"):
+    with pytest.raises(UserError, match="lalia pull NAME fetches one"):
         load_model(tmp_path / "Qwen" / "Qwen3-0.6B")
     with pytest.raises(UserError, match="is a file; give the folder"):
         load_model(good / "config.json")

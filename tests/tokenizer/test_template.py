@@ -3,6 +3,7 @@
 # ruff: noqa: E501 - templates are one line
 import threading
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -196,3 +197,31 @@ def test_nothing_of_python_is_reached(reach: str) -> None:
     with pytest.raises(UserError, match="the chat template"):
         render_template(reach, TALK, True)
     assert TALK[0]["content"] == " Be brief. "
+
+
+BOMBS = [
+    '{{ (1).to_bytes(500000000, "big") }}',
+    '{{ "a".encode().ljust(500000000) }}',
+    '{{ ("\t" * 60000).expandtabs(10000) }}',
+    '{{ ("a" * 20000).join("b" * 20000) }}',
+    '{{ ("a" * 10000).join(range(40000) | map("string")) }}',
+    '{{ ("a" * 20000).encode().replace("a".encode(), ("b" * 20000).encode()) }}',
+]
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_nothing_large_is_built_before_it_is_refused(bomb: str) -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match="chat template"):
+            render_template(bomb, TALK, True)
+        assert tracemalloc.get_traced_memory()[1] < 100 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_the_measure_of_memory_sees_what_is_built() -> None:
+    tracemalloc.start()
+    built = ("a" * 20000).join("b" * 20000)
+    assert tracemalloc.get_traced_memory()[1] > len(built) > 100 << 20
+    tracemalloc.stop()

@@ -87,13 +87,11 @@ def report(results: dict[str, Any]) -> list[str]:
     """Lines for people."""
     before, after, change = results["before"], results["after"], results["change"]
     rows = (("bits per byte", "bits_per_byte", 4), ("perplexity", "perplexity", 3))
-    lines = [f"{'':<24}{'float32':>12}{results['how']:>12}"]
+    lines = [f"{'':<24}{'float32':>12}{'quantised':>12}"]
     for label, key, digits in rows:
         shown = f"{label:<24}{before[key]:>12.{digits}f}{after[key]:>12.{digits}f}"
         lines.append(f"{shown}   {change[key]:+.2%}")
-    lines.append(
-        f"{'MB that a token reads':<24}{before['size_bytes'] / 1e6:>12,.1f}{after['size_bytes'] / 1e6:>12,.1f}"
-    )
+    lines.append(f"{'MB of weights':<24}{before['size_bytes'] / 1e6:>12,.1f}{after['size_bytes'] / 1e6:>12,.1f}")
     lines.append(f"{'tokens/s':<24}{before['tokens_per_second']:>12,.1f}{after['tokens_per_second']:>12,.1f}")
     kinds = ", ".join(f"{count:,} in {kind}" for kind, count in results["kinds"].items())
     return [*lines, f"weights: {kinds}; scored: {results['tokens']:,} tokens"]

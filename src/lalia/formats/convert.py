@@ -1,5 +1,6 @@
 """A model folder into another format: ONNX, GGUF, or a Hugging Face folder."""
 
+import difflib
 import importlib.metadata
 import importlib.util
 import shutil
@@ -106,10 +107,14 @@ def convert(source: Path, target: str, out: Path | None = None, text: Path | Non
     """
     chosen = TARGETS.get(target)
     if chosen is None:
-        raise UserError(f"--to {target!r} is unknown; choose one of {', '.join(TARGETS)}")
+        near = difflib.get_close_matches(target, TARGETS, n=1)
+        hint = f" (nearest: {near[0]})" if near else ""
+        raise UserError(f"--to {target!r} is unknown{hint}; choose one of {', '.join(TARGETS)}")
     missing = [name for name in chosen.needs if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f'{target} needs {" and ".join(missing)}; install with: pip install "lalia[{chosen.extra}]"')
+    if text is not None and not target.startswith("onnx"):
+        raise UserError(f"--text has an effect where an ONNX model is compared with its source, not with --to {target}")
     source = source.expanduser()
     sample = SAMPLE if text is None else _read_text(text)
     with tempfile.TemporaryDirectory() as staging, open_model(source) as opened:
@@ -202,14 +207,13 @@ def _to_onnx(int8: bool) -> Callable[[Given, Path, str], dict[str, Any]]:
 
 def _to_gguf(kind: str) -> Callable[[Given, Path, str], dict[str, Any]]:
     def write(given: Given, folder: Path, text: str) -> dict[str, Any]:
-        from lalia.formats.gguf import save_gguf
-        from lalia.formats.weights import disassemble
+        from lalia.formats.gguf.export import config_of, save_gguf, tokenizer_of
 
         del text
-        source, model = given.folder, given.open.model()
         path = folder / f"{given.name}.{kind}.gguf"
-        tokenizer = source if (source / "tokenizer.json").is_file() else None
-        saved = save_gguf(path, read_json(source / CONFIG), dict(disassemble(model)), tokenizer, kind, given.name)
+        # From the source's own tensors, one at a time, never the whole model.
+        source = given.folder
+        saved = save_gguf(path, config_of(source), given.open.source, tokenizer_of(source), kind, given.name)
         kinds = {stored: len(names) for stored, names in saved.kinds.items()}
         return {"files": [path.name], "bytes": saved.num_bytes, "tensors": kinds, "remarks": saved.remarks}
 
@@ -221,7 +225,7 @@ def _to_hf(given: Given, folder: Path, text: str) -> dict[str, Any]:
     source, model = given.folder, given.open.model()
     _copy_companions(source, folder)
     generation = read_json(source / GENERATION) if (source / GENERATION).is_file() else None
-    save_model(model, folder, generation)
+    save_model(model, folder, generation, ids=read_json(source / CONFIG))
     files = sorted(folder.glob("*.safetensors"))
     return {"files": [path.name for path in files], "bytes": sum(path.stat().st_size for path in files)}
 

@@ -33,6 +33,7 @@ CONFIG, WEIGHTS, INDEX, GENERATION = (
     "generation_config.json",
 )
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 MAX_SHARD_BYTES = 5_000_000_000
 """Weights of more bytes are written as several files, as transformers does."""
@@ -44,6 +45,7 @@ def save_model(
     generation: Mapping[str, Any] | None = None,
     dtype: torch.dtype = torch.float32,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    ids: Mapping[str, Any] | None = None,
 ) -> None:
     """Write config.json, model.safetensors and, with `generation`, generation_config.json.
 
@@ -55,6 +57,7 @@ def save_model(
         generation: content of generation_config.json: eos_token_id (an id or a list), bos_token_id, pad_token_id,
             temperature and so on. The three ids also go into config.json, null where not given.
         dtype: of the weights on disk: float32, bfloat16 or float16.
+        ids: of the three, those for config.json that `generation` does not give.
         max_shard_bytes: above this the weights go into several files with an index; a larger tensor has a file of
             its own.
 
@@ -66,7 +69,8 @@ def save_model(
     generation = dict(generation or {})
     if generation:
         write_json(folder / GENERATION, generation)
-    ids = {key: generation.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    given = {**(ids or {}), **generation}
+    ids = {key: given.get(key) for key in TOKEN_IDS}
     if model.config.family == "clip_text_model":  # pools at the end of the text: transformers fails on a null there
         ids = {key: value for key, value in ids.items() if value is not None}
     # transformers 4 reads torch_dtype, transformers 5 dtype.
@@ -141,14 +145,14 @@ def read_config(folder: Path, part: str | None = None) -> ModelConfig:
 
 def _check_folder(folder: Path) -> None:
     if folder.is_dir():
-        _refuse_links_out(folder)
+        refuse_links_out(folder)
         return
     if folder.exists():
         raise UserError(f"{folder} is a file; give the folder that holds {CONFIG}")
     if not folder.parent.is_dir():
         raise UserError(
-            f"there is no folder {folder} (nor {folder.parent}); give the path of a model folder. Lalia downloads "
-            "nothing: fetch a published model first"
+            f"there is no folder {folder} (nor {folder.parent}); give the path of a model folder, or the name "
+            "of a model in the store (lalia models lists them; lalia pull NAME fetches one)"
         )
     siblings = sorted(child.name for child in folder.parent.iterdir() if child.is_dir())
     near = difflib.get_close_matches(folder.name, siblings, n=3, cutoff=0.4) or siblings[:5]
@@ -176,7 +180,7 @@ def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def _refuse_links_out(folder: Path) -> None:
+def refuse_links_out(folder: Path) -> None:
     """Refuse links in a model folder to what is elsewhere.
 
     Such a link can come with an archive or a clone, and would carry a private file of the reader's into whatever is
@@ -185,7 +189,8 @@ def _refuse_links_out(folder: Path) -> None:
     """
     inside = folder.resolve()
     allowed = [inside, *([inside.parent.parent / "blobs"] if inside.parent.name == "snapshots" else [])]
-    for path in folder.iterdir():
+    # Links to folders are not walked into, so one that leads to a whole disk costs nothing.
+    for path in (Path(at) / name for at, folders, files in os.walk(folder) for name in (*folders, *files)):
         if path.is_symlink() and not any(path.resolve().is_relative_to(place) for place in allowed):
             raise UserError(
                 f"{path} is a link to {path.resolve()}, outside the model folder; copy the file there, or give the "

@@ -6,7 +6,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lalia.errors import UserError
-from lalia.formats.store import CARD, LONGEST_NAME, Source, facts_of_files, need_room, today, write_card
+from lalia.formats.store import CARD, LONGEST_NAME, SOURCE, Source, facts_of_files, need_room, today, write_card
 from lalia.progress import Progress
 
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
@@ -43,6 +43,9 @@ def fetch_repository(name: str, folder: Path, progress: Progress) -> None:
         raise UserError(explained) from None
     siblings = {sibling.rfilename: sibling for sibling in info.siblings or []}
     chosen = choose_files(repository, list(siblings))
+    large = [file for file in chosen if _is_text(file) and (siblings[file].size or 0) > LARGEST_TEXT]
+    if large:
+        raise UserError(f"{repository} has texts of more than {LARGEST_TEXT >> 20} MB, {', '.join(large)}: no model's")
     size = sum(siblings[file].size or 0 for file in chosen)
     need_room(folder, size)
     progress.say(f"Fetching {len(chosen)} files ({size / 1e6:,.0f} MB) of {repository} at {str(info.sha)[:12]}")
@@ -107,11 +110,11 @@ def choose_files(repository: str, names: list[str]) -> list[str]:
         if pickles:
             raise UserError(
                 f"{repository} has its weights only as {', '.join(pickles[:4])}, a kind of file that can run code when "
-                "read; look for a safetensors version (a pull request of the repository may hold one: @REVISION), or "
-                "convert it where you trust it"
+                "read; look for a safetensors version (the commit of a pull request may hold one: @COMMIT), or convert it "
+                "where you trust it"
             )
         raise UserError(f"{repository} has no model.safetensors and no GGUF file; it is no model that Lalia can load")
-    texts = [name for name in names if name == CARD or name in ("LICENSE", "NOTICE") or _is_text(name)]
+    texts = [name for name in names if name in (CARD, "LICENSE", "NOTICE") or (_is_text(name) and name != SOURCE)]
     return sorted({*weights, *texts})
 
 

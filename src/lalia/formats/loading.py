@@ -14,7 +14,7 @@ import torch
 from lalia.errors import CorruptFile, UserError
 from lalia.files import read_json
 from lalia.formats.gguf.file import GGUFFile
-from lalia.formats.hf_folder import CONFIG, GENERATION, SafetensorFiles, read_config
+from lalia.formats.hf_folder import CONFIG, GENERATION, SafetensorFiles, read_config, refuse_links_out
 from lalia.formats.weights import Reader, TensorSource, assemble
 from lalia.model.config import ModelConfig
 from lalia.model.families import registry
@@ -65,6 +65,8 @@ def open_model(path: Path | str) -> Iterator[OpenModel]:
     with contextlib.ExitStack() as stack:
         gguf = gguf_path(path)
         if gguf is not None:
+            if path.is_dir():
+                refuse_links_out(path)
             file = GGUFFile(gguf)
             values, source = file.config_values(), file
             try:

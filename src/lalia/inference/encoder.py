@@ -74,7 +74,9 @@ class Encoder:
     @classmethod
     def of(cls, model: "LanguageModel") -> "Encoder":
         """The encoder inside a language model: a text's vector is the mean of its tokens' final hidden states."""
-        return cls(model.model, model.tokenizer, model.name)
+        encoder = cls(model.model, model.tokenizer, model.name)
+        encoder.max_length = min(encoder.max_length, model.max_length)
+        return encoder
 
     def embed(self, texts: Sequence[str], batch_size: int = 32, truncate: bool = True) -> np.ndarray:
         """One vector for each text.
@@ -245,7 +247,7 @@ def load(path: Path | str) -> Encoder:
     if (gguf := gguf_path(path)) is not None:
         metadata = GGUFFile(gguf).metadata
         number = metadata.get(f"{metadata.get('general.architecture')}.pooling_type", 1)
-        if number not in GGUF_POOLING:
+        if type(number) is not int or number not in GGUF_POOLING:
             raise UserError(f"{gguf}: pooling_type = {number!r}; known: {GGUF_POOLING}")
         pooling = Pooling(GGUF_POOLING[number])
     return Encoder(model, tokenizer, path.resolve().name.removesuffix(".gguf"), pooling)

@@ -196,7 +196,13 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     def call(self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         self.step()
         owner = getattr(__obj, "__self__", None)
+        if isinstance(owner, bytes | bytearray | int | float):
+            raise UserError(
+                f"the chat template calls a method of {type(owner).__name__}, which Lalia does not offer; templates "
+                "work with text, lists and objects"
+            )
         if isinstance(owner, str):
+            args = tuple(list(self._turns(arg)) if isinstance(arg, Iterator) else arg for arg in args)
             self._check_method(owner, getattr(__obj, "__name__", ""), [*args, *kwargs.values()])
         elif not isinstance(__obj, Macro):
             self.measure(*args, *kwargs.values())
@@ -230,10 +236,14 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             raise UserError(f"the chat template pads text to more than {MAX_WIDTH} characters")
         elif name == "replace" and len(args) > 1 and isinstance(args[0], str) and isinstance(args[1], str):
             size = len(text) + (text.count(args[0]) if args[0] else len(text) + 1) * len(args[1])
-        elif name == "join" and args and isinstance(args[0], list | tuple):
+        elif name == "join" and args and isinstance(args[0], list | tuple | set | frozenset | dict | str):
             size += len(text) * len(args[0])
-        elif name == "translate":
-            raise UserError("the chat template calls translate, which Lalia does not offer")
+        elif name == "join":
+            raise UserError("the chat template joins something other than a list")
+        elif name == "expandtabs":
+            size += text.count("\t") * max((arg for arg in args if isinstance(arg, int)), default=8)
+        elif name not in _TEXT_METHODS:
+            raise UserError(f"the chat template calls {name}, which Lalia does not offer")
         self.check_size(size)
 
     def _check_format(self, form: str, values: Sequence[Any]) -> None:
@@ -337,6 +347,13 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
 
 _PADDING = {"center", "ljust", "rjust", "zfill", "expandtabs"}
+_TEXT_METHODS = {
+    *("capitalize", "casefold", "center", "count", "endswith", "expandtabs", "find", "format", "format_map", "index"),
+    *("isalnum", "isalpha", "isascii", "isdecimal", "isdigit", "isidentifier", "islower", "isnumeric", "isprintable"),
+    *("isspace", "istitle", "isupper", "join", "ljust", "lower", "lstrip", "partition", "removeprefix", "removesuffix"),
+    *("replace", "rfind", "rindex", "rjust", "rpartition", "rsplit", "rstrip", "split", "splitlines", "startswith"),
+    *("strip", "swapcase", "title", "upper", "zfill"),
+}
 
 
 def _raise_exception(message: str) -> NoReturn:

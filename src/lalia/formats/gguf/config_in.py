@@ -26,13 +26,21 @@ class Keys:
         """
         self.metadata, self.architecture, self.shapes = metadata, architecture, shapes
 
-    def get(self, key: str, default: Any = None) -> Any:
+    def raw(self, key: str, default: Any = None) -> Any:
+        """Whatever the file has."""
         value = self.metadata.get(f"{self.architecture}.{key}")
         return default if value is None else value
 
+    def get(self, key: str, default: Any = None) -> Any:
+        """A number, flag or text; CorruptFile for an array."""
+        value = self.raw(key, default)
+        if isinstance(value, np.ndarray | list):
+            raise CorruptFile(f"{self.architecture}.{key} is an array, expected one value")
+        return value
+
     def integer(self, key: str, default: int | None = None) -> int:
         """A positive integer; an array with one value per layer must have the same one in each."""
-        value = self.get(key, default)
+        value = self.raw(key, default)
         if isinstance(value, np.ndarray) and value.dtype.kind in "iu" and value.size:
             if (value != value[0]).any():
                 raise UserError(f"{self.architecture}.{key} differs from layer to layer, which is not implemented")

@@ -18,7 +18,7 @@ from lalia.formats.gguf.container_out import NewTensor, write_container
 from lalia.formats.gguf.kinds import KINDS
 from lalia.formats.gguf.quantize import WRITTEN, quantize
 from lalia.formats.gguf.vocabulary import vocabulary_metadata
-from lalia.formats.hf_folder import SafetensorFiles, read_config
+from lalia.formats.hf_folder import TOKEN_IDS, SafetensorFiles, read_config
 from lalia.model.config import ModelConfig
 from lalia.model.families import registry
 
@@ -162,14 +162,21 @@ def convert_folder(folder: Path | str, path: Path | str, kind: str = "F16") -> S
     """
     folder = Path(folder)
     read_config(folder)  # with the messages of a folder that is none
-    values = read_json(folder / "config.json")
-    generation = folder / "generation_config.json"
-    # What a model was saved to generate with, among it the tokens that end its answers, goes before config.json.
-    said = read_json(generation) if generation.is_file() else {}
-    ids = {key: said[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if said.get(key) is not None}
-    tokenizer = folder if (folder / "tokenizer.json").is_file() else None
     with SafetensorFiles(folder) as files:
-        return save_gguf(path, values | ids, files, tokenizer, kind, name=folder.resolve().name)
+        return save_gguf(path, config_of(folder), files, tokenizer_of(folder), kind, name=folder.resolve().name)
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    """config.json, with the ids of generation_config.json: what ends the model's answers goes before config.json."""
+    generation = folder / "generation_config.json"
+    said = read_json(generation) if generation.is_file() else {}
+    ids = {key: said[key] for key in TOKEN_IDS if said.get(key) is not None}
+    return {**read_json(folder / "config.json"), **ids}
+
+
+def tokenizer_of(folder: Path) -> Path | None:
+    """The folder, if it has a tokenizer."""
+    return folder if (folder / "tokenizer.json").is_file() else None
 
 
 def _collect(

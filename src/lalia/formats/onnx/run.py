@@ -94,6 +94,8 @@ def compare(model: Transformer, exported: OnnxModel, sequences: Sequence[Sequenc
         for logits over tokens: top1_agreement (share of positions) and, where the model is causal, bits_per_token and
         bits_per_token_before; for embeddings: cosine (the least one).
     """
+    if not sequences:
+        raise UserError("nothing to compare on; give a longer text")
     differences, squares, values = 0.0, 0.0, []
     agreement: list[float] = []
     cosines: list[float] = []
