@@ -110,8 +110,8 @@ def choose_files(repository: str, names: list[str]) -> list[str]:
         if pickles:
             raise UserError(
                 f"{repository} has its weights only as {', '.join(pickles[:4])}, a kind of file that can run code when "
-                "read; look for a safetensors version (the commit of a pull request may hold one: @COMMIT), or convert it "
-                "where you trust it"
+                "read; look for a safetensors version (the commit of a pull request may hold one: @COMMIT), or convert "
+                "it where you trust it"
             )
         raise UserError(f"{repository} has no model.safetensors and no GGUF file; it is no model that Lalia can load")
     texts = [name for name in names if name in (CARD, "LICENSE", "NOTICE") or (_is_text(name) and name != SOURCE)]
