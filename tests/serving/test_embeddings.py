@@ -1,12 +1,14 @@
 """POST /v1/embeddings as OpenAI's own client uses it, for an encoder and for a language model."""
 
+import asyncio
 import base64
+import contextlib
 import struct
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import numpy as np
@@ -178,3 +180,32 @@ def test_serve_takes_an_encoders_folder_and_refuses_clip(tmp_path: Path) -> None
 
     with pytest.raises(UserError, match="is a CLIP model"):
         serve(make_clip(tmp_path / "clip", 2), port=0)
+
+
+def test_a_client_that_leaves_does_not_give_its_turn_away() -> None:
+    """The computation under way goes on alone: never two at once, however many clients come and leave."""
+    running = most = 0
+
+    class Slow:
+        dim, max_length = 2, 8
+
+        def embed_ids(self, ids: list[list[int]], batch_size: int) -> np.ndarray:
+            nonlocal running, most
+            running += 1
+            most = max(most, running)
+            time.sleep(0.05)
+            running -= 1
+            return np.zeros((len(ids), 2), np.float32)
+
+    async def clients() -> None:
+        service = embeddings.Embeddings(cast(Any, Slow()), "slow")
+        for _ in range(4):
+            task = asyncio.ensure_future(service._embed([[1]]))
+            await asyncio.sleep(0.01)
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        await asyncio.gather(*service._turns, return_exceptions=True)
+
+    asyncio.run(clients())
+    assert most == 1

@@ -84,7 +84,7 @@ def open_model(path: Path | str) -> Iterator[OpenModel]:
         if config.head == "none" and config.pooler != "none" and not any("pooler" in name for name in source.names()):
             # GGUF files of BERT, and some folders of sentence encoders, leave out the pooler that nothing else needs.
             config = config.model_copy(update={"pooler": "none"})
-        if tokenizer is not None and config.vocab_size and tokenizer.vocab_size > config.vocab_size:
+        if tokenizer is not None and config.vocab_size and _surplus(tokenizer, config.vocab_size):
             raise UserError(
                 f"{path}: the tokenizer has {tokenizer.vocab_size} tokens but {CONFIG} says vocab_size = "
                 f"{config.vocab_size}; this tokenizer belongs to another model"
@@ -119,6 +119,16 @@ def load_folder(
     with open_model(path) as files:
         tokenizer = files.needed_tokenizer()
         return files.model(dtype, trainable), tokenizer
+
+
+def _surplus(tokenizer: Tokenizer, vocab_size: int) -> bool:
+    """Whether the tokenizer has ordinary tokens that the model has no embedding for.
+
+    A special one too many is allowed: Gemma 3's text models come with a token for images, which no text contains. Were
+    it given all the same, the engine would refuse its id.
+    """
+    special = set(tokenizer.special.values())
+    return any(token_id not in special for token_id in range(vocab_size, tokenizer.vocab_size))
 
 
 def _end_ids_of_folder(folder: Path, vocab_size: int) -> frozenset[int]:

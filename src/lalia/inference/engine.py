@@ -325,7 +325,7 @@ class Engine:
 
 def _never_drawn(tokenizer: Tokenizer, vocab_size: int, stop_ids: frozenset[int]) -> torch.Tensor | None:
     """(vocab_size,) bool, True for ids without text (padding, reserved) that do not end a generation either."""
-    known = tokenizer.token_bytes_table() > 0
+    known = tokenizer.token_bytes_table()[:vocab_size] > 0
     never = torch.ones(vocab_size, dtype=torch.bool)
     never[: len(known)] = ~torch.from_numpy(known)
     never[list(stop_ids)] = False

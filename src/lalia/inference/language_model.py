@@ -71,7 +71,8 @@ class LanguageModel:
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self.config: ModelConfig = model.config
         named = (*END_TOKENS, tokenizer.eos_token)
-        stop_ids |= {tokenizer.special[token] for token in named if token in tokenizer.special}
+        named_ids = {tokenizer.special[token] for token in named if token in tokenizer.special}
+        stop_ids |= {token_id for token_id in named_ids if token_id < model.config.vocab_size}
         self.engine = Engine(model, tokenizer, max_batch, max_length, stop_ids)
         self.max_length = self.engine.max_length
 

@@ -27,6 +27,7 @@ class Embeddings:
         self._encoder, self._name = encoder, name
         self._num_texts = 0
         self._turn = asyncio.Lock()  # first come, first served
+        self._turns: set[asyncio.Future[np.ndarray]] = set()
         self._stopped = False
 
     async def answer(self, body: EmbeddingRequest) -> Response:
@@ -67,11 +68,19 @@ class Embeddings:
         vectors = np.empty((len(ids), self._encoder.dim), dtype=np.float32)
         for start in range(0, len(order), TEXTS_AT_ONCE):
             rows = order[start : start + TEXTS_AT_ONCE]
-            async with self._turn:
-                if self._stopped:
-                    raise ApiError("the server stopped before the answer was complete", 503, code="stopping")
-                vectors[rows] = await asyncio.to_thread(self._encoder.embed_ids, [ids[i] for i in rows], TEXTS_AT_ONCE)
+            turn = asyncio.ensure_future(self._compute([ids[i] for i in rows]))
+            self._turns.add(turn)
+            turn.add_done_callback(self._turns.discard)
+            # A client that leaves ends its request, but not the computation under way, which keeps the turn until it is
+            # done: otherwise clients that come and leave would have many run at once.
+            vectors[rows] = await asyncio.shield(turn)
         return vectors
+
+    async def _compute(self, ids: list[list[int]]) -> np.ndarray:
+        async with self._turn:
+            if self._stopped:
+                raise ApiError("the server stopped before the answer was complete", 503, code="stopping")
+            return await asyncio.to_thread(self._encoder.embed_ids, ids, TEXTS_AT_ONCE)
 
     def _encode(self, texts: Sequence[str | list[int]]) -> list[list[int]]:
         encoder, limit = self._encoder, self._encoder.max_length
