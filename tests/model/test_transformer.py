@@ -154,7 +154,9 @@ def test_packed_documents_equal_separate_ones(model: Transformer) -> None:
     separate = torch.stack(
         [torch.cat([logits(model, piece[None])[0] for piece in tokens[i].split(row)]) for i, row in enumerate(lengths)]
     )
-    assert difference(packed, separate) <= TOLERANCE
+    assert (
+        difference(packed, separate) <= 2 * TOLERANCE
+    )  # of values up to 5; products of other heights add in another order
     # Negative controls: without the ids documents see each other. Rotary positions are relative, so that they
     # restart changes nothing within a document.
     assert difference(logits(model, tokens, positions=positions), separate) > 1e-2
