@@ -1,0 +1,1 @@
+"""Training on several devices, applied to the model from outside."""
