@@ -351,7 +351,7 @@ def measure_step(shape: ModelConfig, rows: int, length: int, precision: str, ste
     times = []
     for _ in range(steps + 1):
         began = time.perf_counter()
-        loss, count = linear_cross_entropy(
+        loss, _, count = linear_cross_entropy(
             model(tokens[:, :-1]), model.head_weight, tokens[:, 1:].contiguous(), shape.logit_softcap
         )
         (loss / count).backward()

@@ -6,6 +6,7 @@ from typing import Any
 from lalia.files import fingerprint, read_json, write_json
 from lalia.pipeline import Run, Stage
 from lalia.progress import Progress
+from lalia.training.config import RUNTIME_ONLY
 
 
 def _collect(run: Run, out: Path, mark: str) -> dict[str, Any]:
@@ -75,7 +76,7 @@ def _finetune_settings(run: Run) -> dict[str, Any]:
     speed = None
     if config.steps is None and path.exists():
         speed = read_json(path).get("predicted", {}).get("seconds_per_step")
-    return {"finetune": config.model_dump(exclude={"checkpoint_seconds"}), "seconds_per_step": speed}
+    return {"finetune": config.model_dump(exclude=RUNTIME_ONLY), "seconds_per_step": speed}
 
 
 def _evaluate(run: Run, out: Path, mark: str) -> dict[str, Any]:
@@ -113,7 +114,7 @@ STAGES = [
         ("tokens",),
         lambda run: {
             "model": run.recipe.model.model_dump(),
-            "pretrain": run.recipe.pretrain.model_dump(exclude={"checkpoint_seconds"}),
+            "pretrain": run.recipe.pretrain.model_dump(exclude=RUNTIME_ONLY),
         },
         _plan,
         ("plan.json",),

@@ -10,7 +10,7 @@ from lalia.data.loader import Batch
 from lalia.model.config import ModelConfig
 from lalia.model.transformer import Transformer
 from lalia.progress import Progress
-from lalia.training.config import OptimizerConfig
+from lalia.training.config import LoopConfig, OptimizerConfig
 from lalia.training.objectives import next_token
 from lalia.training.trainer import Trainer, initialize
 
@@ -59,6 +59,8 @@ class RandomBatches:
 
 
 def make_trainer(folder: Path, steps: int = 12, **changes: Any) -> Trainer:
+    """A Trainer; changes whose names are settings of the loop go there."""
+    loop = {name: changes.pop(name) for name in list(changes) if name in LoopConfig.model_fields}
     values: dict[str, Any] = {
         "model": tiny_model(),
         "batches": RandomBatches(),
@@ -68,6 +70,7 @@ def make_trainer(folder: Path, steps: int = 12, **changes: Any) -> Trainer:
         "folder": folder,
         "run_fingerprint": "test",
         "progress": Progress(folder / "metrics.jsonl", quiet=True),
+        "loop": LoopConfig(**loop),
     }
     return Trainer(**(values | changes))
 

@@ -31,10 +31,10 @@ def test_loss_and_gradients_equal_the_plain_ones(softcap: float, chunk: int) -> 
     expected = reference(hidden, weight, targets, softcap)
     expected_grads = torch.autograd.grad(expected * 0.5, (hidden, weight))
     with mock.patch.object(module, "CHUNK_ROWS", chunk):
-        loss, count = linear_cross_entropy(hidden, weight, targets, softcap)
+        loss, _, count = linear_cross_entropy(hidden, weight, targets, softcap)
         grads = torch.autograd.grad(loss * 0.5, (hidden, weight))
         with torch.no_grad():
-            without_grad, _ = linear_cross_entropy(hidden, weight, targets, softcap)
+            without_grad, *_ = linear_cross_entropy(hidden, weight, targets, softcap)
     assert count == 33
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-5)
     torch.testing.assert_close(without_grad, expected, rtol=1e-6, atol=1e-5)
@@ -44,7 +44,7 @@ def test_loss_and_gradients_equal_the_plain_ones(softcap: float, chunk: int) -> 
 
 def test_nothing_to_predict_gives_zero() -> None:
     hidden, weight = torch.randn(2, 3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
-    loss, count = linear_cross_entropy(hidden, weight, torch.full((2, 3), -100))
+    loss, _, count = linear_cross_entropy(hidden, weight, torch.full((2, 3), -100))
     loss.backward()
     assert (float(loss.detach()), count) == (0.0, 0)
     assert hidden.grad is not None

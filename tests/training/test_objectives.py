@@ -47,7 +47,7 @@ def test_the_loss_is_that_of_the_models_logits(changes: dict[str, Any]) -> None:
     batch = padded_batch()
     logits = model.logits(model(batch.tokens))
     expected = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="sum")
-    loss, weight = next_token(model, batch)
+    loss, weight, _ = next_token(model, batch)
     assert weight == int((batch.targets != IGNORED).sum())
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -108,8 +108,8 @@ def test_router_losses_join_in_training_only() -> None:
     kept = (batch.document_ids != PADDING).reshape(-1)
     added = sum(0.5 * load_balancing_loss(x[kept], 2) + 0.25 * router_z_loss(x[kept]) for x in logits) / len(logits)
     added = float(torch.as_tensor(added).detach())
-    base, weight = next_token(plain.train(), batch)
-    loss, same_weight = next_token(routed.train(), batch)
+    base, weight, _ = next_token(plain.train(), batch)
+    loss, same_weight, _ = next_token(routed.train(), batch)
     assert weight == same_weight
     assert loss.item() == pytest.approx(base.item() + weight * added, rel=1e-6)
     assert next_token(routed.eval(), batch)[0].item() == pytest.approx(base.item(), rel=1e-6)
@@ -121,11 +121,11 @@ def test_micro_batches_give_the_weighted_mean_of_their_router_losses() -> None:
     model, batch = tiny_model(**EXPERTS, router_aux_loss_coef=1.0).train(), padded_batch()
     parts = [next_token(model, part) for part in batch.split(2)]
     plain = [next_token(model.eval(), part) for part in batch.split(2)]
-    router = [(loss - base).item() / weight for (loss, weight), (base, _) in zip(parts, plain, strict=True)]
-    total = sum(weight for _, weight in parts)
-    combined = sum(loss.item() for loss, _ in parts) / total
-    base = sum(loss.item() for loss, _ in plain) / total
-    mean = sum(value * weight for value, (_, weight) in zip(router, parts, strict=True)) / total
+    router = [(loss - base).item() / weight for (loss, weight, _), (base, *_) in zip(parts, plain, strict=True)]
+    total = sum(weight for _, weight, _ in parts)
+    combined = sum(loss.item() for loss, *_ in parts) / total
+    base = sum(loss.item() for loss, *_ in plain) / total
+    mean = sum(value * weight for value, (_, weight, _) in zip(router, parts, strict=True)) / total
     assert combined == pytest.approx(base + mean, rel=1e-6)
     assert all(1.9 < value < 4.0 for value in router)
 

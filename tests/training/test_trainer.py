@@ -11,9 +11,9 @@ from lalia.data.loader import Batch
 from lalia.errors import UserError
 from lalia.model.transformer import Transformer
 from lalia.training.checkpoints import load_newest
-from lalia.training.objectives import next_token
+from lalia.training.objectives import Metrics, next_token
 from lalia.training.schedule import learning_rate_scale
-from lalia.training.trainer import MAX_SKIPPED_IN_A_ROW, Trainer
+from lalia.training.trainer import Trainer
 from tests.training.conftest import RandomBatches, make_trainer, tiny_model
 
 
@@ -28,9 +28,9 @@ def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -
 def gradients(model: Transformer, batch: Batch, micro_batch_size: int | None) -> dict[str, torch.Tensor]:
     total = 0
     for part in batch.split(micro_batch_size):
-        loss, weight = next_token(model, part)
+        loss, weight, _ = next_token(model, part)
         loss.backward()
-        total += weight
+        total += int(weight)
     return {name: p.grad / total for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -49,7 +49,7 @@ def test_mean_of_means_would_be_wrong() -> None:
     model = tiny_model()
     parts = batch.split(1)
     for part in parts:
-        loss, weight = next_token(model, part)
+        loss, weight, _ = next_token(model, part)
         (loss / weight / len(parts)).backward()
     wrong = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert largest_difference(whole, wrong) > 1e-4
@@ -121,10 +121,10 @@ def test_metrics_hold_every_step_once_after_a_resume(tmp_path: Path) -> None:
 
 
 def test_non_finite_step_is_skipped_and_counted(tmp_path: Path) -> None:
-    def objective(model: Transformer, batch: Batch) -> tuple[torch.Tensor, int]:
-        loss, weight = next_token(model, batch)
+    def objective(model: Transformer, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, Metrics]:
+        loss, weight, metrics = next_token(model, batch)
         calls.append(1)
-        return (loss * float("nan") if len(calls) == 3 else loss), weight
+        return (loss * float("nan") if len(calls) == 3 else loss), weight, metrics
 
     calls: list[int] = []
     trainer = make_trainer(tmp_path, objective=objective)
@@ -134,13 +134,13 @@ def test_non_finite_step_is_skipped_and_counted(tmp_path: Path) -> None:
 
 
 def test_hopeless_loss_stops_with_the_last_good_checkpoint(tmp_path: Path) -> None:
-    def objective(model: Transformer, batch: Batch) -> tuple[torch.Tensor, int]:
-        loss, weight = next_token(model, batch)
-        return loss * float("inf"), weight
+    def objective(model: Transformer, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, Metrics]:
+        loss, weight, metrics = next_token(model, batch)
+        return loss * float("inf"), weight, metrics
 
     make_trainer(tmp_path, steps=1).train()
     trainer = make_trainer(tmp_path, steps=100, objective=objective)
-    with pytest.raises(UserError, match=f"{MAX_SKIPPED_IN_A_ROW} steps in a row"):
+    with pytest.raises(UserError, match="20 steps in a row"):
         trainer.train()
     kept = load_newest(tmp_path, "test", trainer.progress)
     assert kept is not None
@@ -153,9 +153,9 @@ def test_training_learns_what_repeats(tmp_path: Path) -> None:
             return super().batch(0)
 
     trainer = make_trainer(tmp_path, steps=60, batches=Same())
-    before, weight = next_token(trainer.model, RandomBatches().batch(0))
+    before, weight, _ = next_token(trainer.model, RandomBatches().batch(0))
     trainer.train()
-    after, _ = next_token(trainer.model, RandomBatches().batch(0))
+    after, *_ = next_token(trainer.model, RandomBatches().batch(0))
     assert float(before) / weight > 3.9  # log(61) = 4.11
     assert float(after) / weight < 1.0
 

@@ -55,22 +55,37 @@ class Batch:
         """The batch in parts of at most `rows` rows (None: in one part); bytes are not counted per part."""
         if rows is None or rows >= len(self.tokens):
             return [self]
-        parts = []
-        for start in range(0, len(self.tokens), rows):
-            part = slice(start, start + rows)
-            targets = self.targets[part]
-            parts.append(
-                replace(
-                    self,
-                    tokens=self.tokens[part],
-                    targets=targets,
-                    document_ids=self.document_ids[part],
-                    positions=self.positions[part],
-                    num_targets=int((targets != IGNORED).sum()),
-                    num_bytes=None,
-                )
-            )
-        return parts
+        return [self.rows(start, start + rows) for start in range(0, len(self.tokens), rows)]
+
+    def rows(self, start: int, stop: int) -> Self:
+        """The rows from `start` to below `stop`; bytes are not counted."""
+        part = slice(start, stop)
+        targets = self.targets[part]
+        return replace(
+            self,
+            tokens=self.tokens[part],
+            targets=targets,
+            document_ids=self.document_ids[part],
+            positions=self.positions[part],
+            num_targets=int((targets != IGNORED).sum()),
+            num_bytes=None,
+        )
+
+    def cut(self, pieces: int) -> Self:
+        """Every row cut into `pieces` rows of equal length; a document that is cut begins anew at position 0.
+
+        The target of a row's last token is then the first of the next row, as it may be in any batch.
+        """
+        if pieces == 1:
+            return self
+        length = self.tokens.shape[1] // pieces
+        tokens, targets, ids, positions = (
+            value.reshape(-1, length) for value in (self.tokens, self.targets, self.document_ids, self.positions)
+        )
+        begins = torch.where(ids == ids[:, :1], positions[:, :1], 0)  # only a row's first document was cut
+        return replace(
+            self, tokens=tokens, targets=targets, document_ids=ids, positions=positions - begins, num_bytes=None
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,12 +140,22 @@ class _Packed:
         Raises:
             CorruptFile: if a shard holds an id outside the vocabulary.
         """
+        if step < 0:
+            raise UserError(f"step = {step} must not be negative")
+        return self.rows(step * self.batch_size, self.batch_size)
+
+    def rows(self, first: int, count: int) -> Batch:
+        """`count` rows from the row `first` on, counted over all epochs.
+
+        Raises:
+            CorruptFile: if a shard holds an id outside the vocabulary.
+        """
         source = self._source
-        starts, lengths, ends_document, counts = self._pieces(step)
-        shape = (self.batch_size, self.sequence_length)
+        starts, lengths, ends_document, counts = self._pieces(first, count)
+        shape = (count, self.sequence_length)
         # Where each token goes in the flat batch: its row's begin, plus the pieces before its own, plus its position.
         ends = np.cumsum(lengths)
-        row_of_piece = np.repeat(np.arange(self.batch_size), counts)
+        row_of_piece = np.repeat(np.arange(count), counts)
         row_begin = np.concatenate(([0], ends))[np.cumsum(counts) - counts]
         positions = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
         index = positions + np.repeat(starts, lengths)
@@ -162,7 +187,7 @@ class _Packed:
 
     def single_document(self, step: int) -> bool:
         """Whether no row of a step's batch holds more than one piece; cheaper than the batch."""
-        return bool((self._pieces(step)[3] <= 1).all())
+        return bool((self._pieces(step * self.batch_size, self.batch_size)[3] <= 1).all())
 
     def report(self) -> dict[str, Any]:
         """Figures of the first epoch; later ones differ by a few rows, because documents are cut elsewhere."""
@@ -178,11 +203,8 @@ class _Packed:
             "padding_share": round(1 - num_tokens / (plan.num_rows * self.sequence_length), 6),
         }
 
-    def _pieces(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Starts, lengths and ends_document of a batch's pieces, and the number of pieces of each row."""
-        if step < 0:
-            raise UserError(f"step = {step} must not be negative")
-        row, missing = step * self.batch_size, self.batch_size
+    def _pieces(self, row: int, missing: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Starts, lengths and ends_document of the pieces of rows, and the number of pieces of each row."""
         parts: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
         while missing:
             while row >= self._first_rows[-1]:

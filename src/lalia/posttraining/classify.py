@@ -29,7 +29,8 @@ from lalia.progress import Progress
 from lalia.settings import Seed, Settings
 from lalia.tokenizer.tokenizer import Tokenizer
 from lalia.tokenizer.wordpiece import train_wordpiece
-from lalia.training.config import OptimizerConfig
+from lalia.training.config import LoopConfig, OptimizerConfig
+from lalia.training.objectives import Metrics
 from lalia.training.pretrain import evenly_spaced
 from lalia.training.trainer import Trainer, initialize
 
@@ -177,7 +178,7 @@ def _train(
         out,
         identity,
         progress,
-        checkpoint_seconds=config.checkpoint_seconds,
+        LoopConfig(checkpoint_seconds=config.checkpoint_seconds),
         evaluate=evaluate,
         evaluation_steps=evenly_spaced(steps, 2),
         unit="example",
@@ -235,10 +236,11 @@ class Examples:
         return np.random.default_rng([self._seed, epoch]).permutation(len(self._ids))
 
 
-def classification(model: Transformer, batch: Batch) -> tuple[Tensor, int]:
+def classification(model: Transformer, batch: Batch) -> tuple[Tensor, Tensor, Metrics]:
     """Sum of the cross-entropies of the labels in nats and the number of texts."""
     hidden = model(batch.tokens, document_ids=batch.document_ids)
-    return F.cross_entropy(model.classify(hidden).float(), batch.targets[:, 0], reduction="sum"), len(batch.tokens)
+    loss = F.cross_entropy(model.classify(hidden).float(), batch.targets[:, 0], reduction="sum")
+    return loss, torch.tensor(len(batch.tokens), device=loss.device), {}
 
 
 def measure(truth: Sequence[int], predicted: Sequence[int], labels: Sequence[str]) -> dict[str, Any]:

@@ -4,8 +4,8 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from lalia.settings import Seed, Settings
-from lalia.training.config import Budget, OptimizerConfig
+from lalia.settings import Seed
+from lalia.training.config import Budget, LoopConfig, OptimizerConfig
 
 
 class FinetuneOptimizerConfig(OptimizerConfig):
@@ -19,7 +19,7 @@ class FinetuneOptimizerConfig(OptimizerConfig):
     decay_fraction: float = Field(default=0.9, ge=0, le=1)
 
 
-class FinetuneConfig(Settings):
+class FinetuneConfig(LoopConfig):
     """Supervised finetuning of the base model into one that talks."""
 
     enabled: bool = True
@@ -36,10 +36,8 @@ class FinetuneConfig(Settings):
     """Share of steps on pretraining text, so that the model does not forget it."""
     budget: Budget | None = "90 seconds"
     steps: int | None = Field(default=None, gt=0)
-    micro_batch_size: int | None = Field(default=None, gt=0)
     optimizer: FinetuneOptimizerConfig = FinetuneOptimizerConfig()
     evaluations: int = Field(default=2, ge=0)
-    checkpoint_seconds: float = Field(default=30.0, gt=0)
     seed: Seed = 2
 
     @model_validator(mode="after")

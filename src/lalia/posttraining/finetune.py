@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,16 +86,15 @@ def finetune(
     trainer = Trainer(
         model,
         batches,
-        next_token,
+        partial(next_token, z_loss=config.z_loss),
         steps,
         config.optimizer,
         out,
         run_fingerprint,
         progress,
-        config.micro_batch_size,
-        config.checkpoint_seconds,
-        evaluate,
-        evenly_spaced(steps, config.evaluations),
+        config,
+        evaluate=evaluate,
+        evaluation_steps=evenly_spaced(steps, config.evaluations),
     )
     happened = trainer.train()
     happened |= {

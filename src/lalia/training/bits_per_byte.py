@@ -38,7 +38,7 @@ def bits_per_byte(
     def flush() -> None:
         nonlocal nats
         if inputs:
-            total, _ = cross_entropy(model, model(torch.tensor(inputs)), torch.tensor(labels))
+            total, _, _ = cross_entropy(model, model(torch.tensor(inputs)), torch.tensor(labels))
             nats += float(total)
             inputs.clear()
             labels.clear()

@@ -4,10 +4,12 @@ import math
 import re
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
 from lalia.errors import UserError
 from lalia.settings import Seed, Settings
+from lalia.training.parallel.layout import ParallelConfig
+from lalia.training.schedule import Shape, check_stages
 
 UNITS = {"s": 1, "sec": 1, "second": 1, "m": 60, "min": 60, "minute": 60, "h": 3600, "hour": 3600, "day": 86400}
 """Seconds of each unit that a budget may name, also in the plural."""
@@ -50,6 +52,8 @@ class OptimizerConfig(Settings):
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled decay of the matrices, multiplied by the learning rate."""
+    schedule: Shape = "stable"
+    """Shape of the learning rate after the warm-up: stable (then linear decay), cosine or linear."""
     warmup_fraction: float = Field(default=0.01, ge=0, lt=1)
     decay_fraction: float = Field(default=0.6, ge=0, le=1)
     """Share of the steps, at the end, over which the learning rate falls linearly."""
@@ -58,7 +62,38 @@ class OptimizerConfig(Settings):
     """Largest global norm of the gradient of the mean loss."""
 
 
-class TrainingConfig(Settings):
+class LoopConfig(Settings):
+    """What the Trainer needs besides a model, batches and learning rates."""
+
+    micro_batch_size: int | None = Field(default=None, gt=0)
+    """Sequences per forward pass and device; None means the whole batch."""
+    z_loss: float = Field(default=0.0, ge=0)
+    """Coefficient of the mean squared log-partition of the output (PaLM, Chowdhery et al. 2022); 1e-4 is usual."""
+    average_decay: float = Field(default=0.0, ge=0, lt=1)
+    """Decay of an exponential moving average of the weights, which the run ends with; 0 keeps none."""
+    spike_deviations: float | None = Field(default=6.0, gt=0)
+    """Steps whose loss or gradient norm is so many standard deviations above the recent mean are skipped; None skips
+    only what is not finite."""
+    max_skipped: int = Field(default=20, gt=0)
+    """Skipped steps in a row after which training goes back to the last checkpoint and passes over their batches."""
+    max_rewinds: int = Field(default=3, ge=0)
+    """Times that a run may go back."""
+    checkpoint_seconds: float = Field(default=30.0, ge=0)
+    keep_checkpoints: int = Field(default=2, ge=1)
+    """Newest checkpoints that are kept."""
+    milestones: int = Field(default=0, ge=0)
+    """Checkpoints along the run, evenly spaced, that are kept besides."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """What of a layer is computed again in backward instead of being kept: nothing, what is cheap, or all."""
+    compile: bool = False
+    """Compile the layers with torch.compile: minutes at the start, for faster steps on a GPU."""
+
+
+RUNTIME_ONLY = {"checkpoint_seconds", "keep_checkpoints", "parallel", "timeout_seconds"}
+"""Settings that do not change what is trained (beyond rounding): changing them redoes nothing."""
+
+
+class TrainingConfig(LoopConfig):
     """How long, on what batches and in which precision to train; whatever is None is planned."""
 
     budget: Budget | None = None
@@ -67,13 +102,26 @@ class TrainingConfig(Settings):
     sequence_length: int | None = Field(default=None, ge=8)
     batch_size: int | None = Field(default=None, gt=0)
     """Sequences per optimizer step."""
-    micro_batch_size: int | None = Field(default=None, gt=0)
-    """Sequences per forward pass; None means the whole batch."""
+    batch_stages: tuple[tuple[float, float], ...] = ()
+    """Smaller batches for a part of the run: pairs (share of the steps at which it begins, share of the batch)."""
+    sequence_stages: tuple[tuple[float, float], ...] = ()
+    """Shorter sequences for a part of the run, as `batch_stages`; rows are cut, so a step's tokens stay the same."""
+    parallel: ParallelConfig = ParallelConfig()
+    """Layout of the processes that torchrun starts."""
+    timeout_seconds: float = Field(default=600.0, gt=0)
+    """How long a process waits for the others before it ends with the place where it waited."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     optimizer: OptimizerConfig = OptimizerConfig()
     evaluations: int = Field(default=8, ge=0)
     """Evaluations along the run, evenly spaced; one at the end comes on top."""
     evaluation_bytes: int = Field(default=100_000, gt=0)
     """Bytes of held-out text that an evaluation along the run reads (the final one reads all)."""
-    checkpoint_seconds: float = Field(default=30.0, gt=0)
     seed: Seed = 1
+
+    @field_validator("batch_stages", "sequence_stages")
+    @classmethod
+    def _ascending(
+        cls, stages: tuple[tuple[float, float], ...], info: ValidationInfo
+    ) -> tuple[tuple[float, float], ...]:
+        check_stages(stages, f"pretrain.{info.field_name}")
+        return stages

@@ -1,26 +1,42 @@
-"""Objectives: functions (model, batch) -> (loss sum, weight). The Trainer divides by the total weight."""
+"""Objectives: functions (model, batch) -> (loss sum, weight sum, metrics). The Trainer divides by the total weight."""
 
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lalia.data.loader import PADDING, Batch
 from lalia.model.transformer import Transformer
 from lalia.training.linear_cross_entropy import linear_cross_entropy
 
-Objective = Callable[[Transformer, Batch], tuple[Tensor, int]]
+Metrics = dict[str, Tensor]
+"""Parts of a loss worth a line of their own in the log: sums like the loss, divided by the same weight."""
+Objective = Callable[[Transformer, Batch], tuple[Tensor, Tensor, Metrics]]
+"""Loss sum and weight sum, 0-d tensors on the model's device, the weight int64; metrics carry no gradient."""
 
 
-def next_token(model: Transformer, batch: Batch) -> tuple[Tensor, int]:
+class LossModule(nn.Module):
+    """An objective of a model as one module, which a data-parallel wrapper can hold whole."""
+
+    def __init__(self, model: Transformer, objective: Objective) -> None:
+        super().__init__()
+        self.model, self.objective = model, objective
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Metrics]:
+        return self.objective(self.model, batch)
+
+
+def next_token(model: Transformer, batch: Batch, z_loss: float = 0.0) -> tuple[Tensor, Tensor, Metrics]:
     """Sum of next-token cross-entropies in nats and the number of predicted tokens.
 
     A row of several documents is masked so that no token sees another document; a batch without such rows takes the
     cheaper causal path, which is then exact.
 
-    In training, a model with experts adds its router losses, times the number of predicted tokens: the Trainer's
-    division then leaves the mean cross-entropy plus the weighted mean of the micro-batches' router losses. That mean is
-    not quite the router loss of the whole batch, because balance is judged micro-batch by micro-batch.
+    In training, `z_loss` times the squared log-partition of every prediction is added (Chowdhery et al. 2022), and a
+    model with experts adds its router losses, times the number of predicted tokens: the Trainer's division then leaves
+    the mean cross-entropy plus the weighted mean of the micro-batches' router losses. That mean is not quite the router
+    loss of the whole batch, because balance is judged micro-batch by micro-batch. The metric `cross_entropy` is the
+    loss without what was added.
     """
     c = model.config
     routed = c.num_experts and model.training and (c.router_aux_loss_coef or c.router_z_loss_coef)
@@ -31,18 +47,25 @@ def next_token(model: Transformer, batch: Batch) -> tuple[Tensor, int]:
         hidden = model(
             batch.tokens, positions=batch.positions, document_ids=batch.document_ids, router_logits=router_logits
         )
-    loss, weight = cross_entropy(model, hidden, batch.targets)
+    z_loss = z_loss if model.training else 0.0
+    loss, entropy, weight = cross_entropy(model, hidden, batch.targets, z_loss)
     if router_logits:
         loss = loss + weight * router_loss(model, router_logits, batch.document_ids != PADDING)
-    return loss, weight
+    return loss, weight, {"cross_entropy": entropy} if router_logits or z_loss else {}
 
 
-def cross_entropy(model: Transformer, hidden: Tensor, targets: Tensor) -> tuple[Tensor, int]:
-    """Sum of -log p(target) under the model's whole head, and the number of targets that are not IGNORED.
+def cross_entropy(
+    model: Transformer, hidden: Tensor, targets: Tensor, z_loss: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum of -log p(target) under the model's whole head.
 
     Args:
         hidden: (batch, seq, hidden_size) from the model's forward pass.
         targets: (batch, seq)
+        z_loss: coefficient of the squared log-partition, summed over the predictions.
+
+    Returns:
+        the sum with the z-loss, the sum without it (no gradient), and the number of targets that are not IGNORED.
     """
     c = model.config
     hidden, weight = model.before_head(hidden), model.head_weight
@@ -51,7 +74,7 @@ def cross_entropy(model: Transformer, hidden: Tensor, targets: Tensor) -> tuple[
         weight = torch.cat((weight, model.head_bias[:, None]), -1)
     if c.output_multiplier != 1.0:
         hidden = hidden * c.output_multiplier
-    return linear_cross_entropy(hidden, weight, targets, c.logit_softcap)
+    return linear_cross_entropy(hidden, weight, targets, c.logit_softcap, z_loss)
 
 
 def router_loss(model: Transformer, router_logits: Sequence[Tensor], kept: Tensor) -> Tensor:

@@ -1,11 +1,12 @@
 """The pretrain stage: from token shards and a plan to a base model folder."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lalia.data.loader import PackedBatches
+from lalia.data.loader import Batch, PackedBatches
 from lalia.data.shards import TokenShards
 from lalia.devices import peak_memory_bytes, use_threads
 from lalia.formats.hf_folder import save_model
@@ -17,6 +18,7 @@ from lalia.training.bits_per_byte import bits_per_byte
 from lalia.training.config import TrainingConfig
 from lalia.training.objectives import next_token
 from lalia.training.sample import sample_text
+from lalia.training.schedule import BatchSchedule
 from lalia.training.trainer import Trainer, initialize
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -44,29 +46,37 @@ def pretrain(
     model = Transformer(ModelConfig.parse(plan["model"], "plan.json"))
     initialize(model, config.seed)
     model.compute_dtype = DTYPES[values["precision"]]
-    batches = PackedBatches(
-        TokenShards.open(tokens, "train", verify=True), values["sequence_length"], values["batch_size"], config.seed
-    )
-    steps = values["steps"]
-    evaluate = Evaluation(model, tokenizer, tokens, values["sequence_length"], config.evaluation_bytes, steps)
+    steps, length, rows = values["steps"], values["sequence_length"], values["batch_size"]
+    packed = PackedBatches(TokenShards.open(tokens, "train", verify=True), length, rows, config.seed)
+    schedule = BatchSchedule(rows, length, steps, config.batch_stages, config.sequence_stages)
+    evaluate = Evaluation(model, tokenizer, tokens, length, config.evaluation_bytes, steps)
     trainer = Trainer(
         model,
-        batches,
-        next_token,
+        ScheduledBatches(packed, schedule),
+        partial(next_token, z_loss=config.z_loss),
         steps,
         config.optimizer,
         out,
         run_fingerprint,
         progress,
-        config.micro_batch_size,
-        config.checkpoint_seconds,
-        evaluate,
-        evenly_spaced(steps, config.evaluations),
+        config,
+        evaluate=evaluate,
+        evaluation_steps=evenly_spaced(steps, config.evaluations),
     )
     happened = trainer.train()
-    happened |= {"bits_per_byte": evaluate.last, "peak_memory_bytes": peak_memory_bytes(), "packing": batches.report()}
+    happened |= {"bits_per_byte": evaluate.last, "peak_memory_bytes": peak_memory_bytes(), "packing": packed.report()}
     save_trained(model, tokenizer, out, chat=False)
     return happened
+
+
+class ScheduledBatches:
+    """Rows of one stream in batches whose size and sequence length follow a schedule."""
+
+    def __init__(self, packed: PackedBatches, schedule: BatchSchedule) -> None:
+        self.packed, self.schedule = packed, schedule
+
+    def batch(self, step: int) -> Batch:
+        return self.packed.rows(*self.schedule.rows(step)).cut(self.schedule.cuts(step))
 
 
 def evenly_spaced(steps: int, count: int) -> frozenset[int]:

@@ -1,7 +1,7 @@
 """The training loop: one for every objective."""
 
+import contextlib
 import json
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,13 +14,16 @@ from lalia.data.loader import Batch
 from lalia.errors import UserError
 from lalia.model.transformer import Transformer
 from lalia.progress import Progress
+from lalia.training.averaging import WeightAverage
 from lalia.training.checkpoints import Checkpoint, load_newest, save_checkpoint
-from lalia.training.config import OptimizerConfig
-from lalia.training.objectives import Objective
+from lalia.training.config import LoopConfig, OptimizerConfig
+from lalia.training.guard import StepGuard
+from lalia.training.interruption import Interruption
+from lalia.training.objectives import LossModule, Objective
 from lalia.training.optimizers import Muon, matrix_heights
+from lalia.training.parallel.world import World
+from lalia.training.prefetch import Prefetcher
 from lalia.training.schedule import learning_rate_scale
-
-MAX_SKIPPED_IN_A_ROW = 20
 
 
 class Batches(Protocol):
@@ -33,22 +36,21 @@ class Trainer:
     """Trains a model for a fixed number of steps, survives being killed, and ends bit for bit the same.
 
     Everything that influences the weights is a function of the settings and the step; wall-clock time only decides
-    when a checkpoint is written.
+    when a checkpoint is written. Every process of a `World` runs the same loop on its part of each batch.
 
     Args:
         model: trained in place; weights float32, activations in `model.compute_dtype`.
-        batches: stateless source of batches.
-        objective: loss of a batch as (sum, weight); the gradient is that of sum / weight over the whole batch.
+        batches: stateless source of whole batches.
+        objective: loss of a batch as (sum, weight, metrics); the gradient is that of sum / weight over the batch.
         num_steps: optimizer steps.
         optimizer: learning rates and schedule.
         folder: where checkpoints and metrics.jsonl are kept.
         run_fingerprint: identity of settings and data; a checkpoint of another is refused.
         progress: where to report.
-        micro_batch_size: rows per forward pass; None means the whole batch. It does not change the result beyond
-            rounding.
-        checkpoint_seconds: time between checkpoints.
+        loop: micro-batches, checkpoints and what to do about bad steps.
+        world: the processes that train together; None means this one alone.
         unit: what the objective's weight counts, for messages.
-        evaluate: called at `evaluation_steps` (and never timed as training), returns fields for the log.
+        evaluate: called at `evaluation_steps` and at the end (never timed as training), returns fields for the log.
     """
 
     def __init__(
@@ -61,53 +63,49 @@ class Trainer:
         folder: Path,
         run_fingerprint: str,
         progress: Progress,
-        micro_batch_size: int | None = None,
-        checkpoint_seconds: float = 30.0,
+        loop: LoopConfig | None = None,
+        world: World | None = None,
         evaluate: Callable[[int], dict[str, Any]] | None = None,
         evaluation_steps: frozenset[int] = frozenset(),
         unit: str = "token",
     ) -> None:
-        self.model, self.batches, self.objective = model, batches, objective
+        self.model, self.batches = model, batches
         self.num_steps, self.settings = num_steps, optimizer
         self.folder, self.run_fingerprint, self.progress = folder, run_fingerprint, progress
-        self.micro_batch_size, self.checkpoint_seconds = micro_batch_size, checkpoint_seconds
+        self.loop = loop or LoopConfig()
+        self.world = world or World.alone(model.device)
         self.evaluate, self.evaluation_steps = evaluate, evaluation_steps
         self.unit = unit
+        self.loss = LossModule(model, objective)
         self.optimizers = make_optimizers(model, optimizer)
+        self.average = WeightAverage(model, self.loop.average_decay) if self.loop.average_decay else None
+        self.guard = StepGuard(self.loop.spike_deviations, self.world.device)
         self.step = 0
         self.seconds = 0.0
         """Time spent on optimizer steps, evaluations and checkpoints excluded."""
         self.tokens = 0
         """Tokens trained on: predicted targets, not padding."""
-        self.skipped = 0
-        self._skipped_in_a_row = 0
+        self.rewinds = 0
+        self.passed_over = 0
+        """Batches left out by going back: step s trains on batch s + passed_over."""
+        self._sums: dict[str, Tensor] = {}
+        """Loss, weight and metrics since the last line of the log, on the device."""
 
     def train(self) -> dict[str, Any]:
         """Run the remaining steps; returns what happened (steps, tokens, seconds, ...).
 
         Raises:
-            UserError: if the loss stays non-finite; the last good checkpoint remains.
+            UserError: if bad steps go on after going back; the last good checkpoint remains.
+            KeyboardInterrupt, SystemExit: after Ctrl-C or SIGTERM, when everything is saved.
         """
         self._resume()
         self.model.train()
-        last_checkpoint = time.monotonic()
-        losses: list[tuple[float, int]] = []
-        while self.step < self.num_steps:
-            if self.step in self.evaluation_steps:
-                self._evaluate()
-            began = time.perf_counter()
-            loss, weight = self._train_step(self.batches.batch(self.step))
-            self.seconds += time.perf_counter() - began
-            self.tokens += weight
-            self.step += 1
-            losses.append((loss, weight))
-            if self.step % self._log_every == 0 or self.step == self.num_steps:
-                self._log(losses, time.perf_counter() - began)
-                losses = []
-            if time.monotonic() - last_checkpoint > self.checkpoint_seconds and self.step < self.num_steps:
-                self.save()
-                last_checkpoint = time.monotonic()
+        with Interruption() as interruption:
+            while self.step < self.num_steps:
+                self._run(interruption)
         self.save()  # before the last evaluation, so that nothing of the training can be lost
+        if self.average is not None:
+            self.average.apply()
         self._evaluate()
         return {
             "steps": self.step,
@@ -115,80 +113,171 @@ class Trainer:
             "training_seconds": round(self.seconds, 3),
             "tokens_per_second": round(self.tokens / max(self.seconds, 1e-9)),
             "skipped_steps": self.skipped,
+            "rewinds": self.rewinds,
         }
+
+    @property
+    def skipped(self) -> int:
+        """Steps that were not applied."""
+        return int(self.guard.counts[1])
 
     @property
     def _log_every(self) -> int:
         return max(1, self.num_steps // 200)
 
-    def _train_step(self, batch: Batch) -> tuple[float, int]:
-        """One optimizer step; returns the loss sum in nats and its weight in tokens."""
+    def _run(self, interruption: Interruption) -> None:
+        """Steps until the end, or until training has to go back."""
+        ahead = Prefetcher(self._prepared, self.step, self.num_steps)
+        saved_at = self._began = time.perf_counter()
+        try:
+            while self.step < self.num_steps:
+                if self.step in self.evaluation_steps:
+                    self._pause()
+                    self.save()
+                    self._evaluate(averaged=True)
+                    saved_at = self._began = time.perf_counter()
+                self._train_step(ahead.take())
+                self.step += 1
+                if self.step % self._log_every == 0 or self.step == self.num_steps:
+                    self._pause()
+                    self._log()
+                if self.step % self.loop.max_skipped == 0 and int(self.guard.counts[2]) >= self.loop.max_skipped:
+                    self._go_back()
+                    return
+                due = time.perf_counter() - saved_at > self.loop.checkpoint_seconds
+                stopped, due = self.world.agree(interruption.received is not None, due)
+                if (stopped or due) and self.step < self.num_steps:
+                    self._pause()
+                    self.save()
+                    saved_at = self._began = time.perf_counter()
+                if stopped:
+                    self._leave(interruption)
+        finally:
+            ahead.stop()
+
+    def _leave(self, interruption: Interruption) -> None:
+        if self.step == self.num_steps:  # nothing is left to do but the last save and evaluation
+            return
+        name = interruption.received.name if interruption.received else "a signal to another process"
+        self.progress.say(f"stopped by {name} at step {self.step}, which is saved; the same command continues there")
+        interruption.leave()
+
+    def _pause(self) -> None:
+        """Add the time since the last pause to `seconds`, the device's work included."""
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.seconds += now - self._began
+        self._began = now
+
+    def _prepared(self, step: int) -> Batch:
+        """This process's part of a step's batch."""
+        batch = self.batches.batch(step + self.passed_over)
+        ranks = self.world.data_size
+        if len(batch.tokens) % ranks:
+            raise UserError(
+                f"a batch of {len(batch.tokens)} rows cannot be divided among {ranks} groups of processes; set "
+                f"pretrain.batch_size to a multiple of {ranks}, or choose another pretrain.parallel"
+            )
+        if ranks > 1:
+            share = len(batch.tokens) // ranks
+            batch = batch.rows(self.world.data_rank * share, (self.world.data_rank + 1) * share)
+        return batch
+
+    def _train_step(self, batch: Batch) -> None:
+        """One optimizer step, without waiting for the device."""
         scale = learning_rate_scale(
             self.step,
             self.num_steps,
             self.settings.warmup_fraction,
             self.settings.decay_fraction,
             self.settings.final_learning_rate_fraction,
+            self.settings.schedule,
         )
-        total, weight = 0.0, 0
-        for part in batch.split(self.micro_batch_size):
-            loss, count = self.objective(self.model, part)
+        sums: dict[str, Tensor] = {}
+        for part in batch.split(self.loop.micro_batch_size):
+            loss, weight, metrics = self.loss(part.to(self.world.device))
             loss.backward()
-            total += float(loss.detach())
-            weight += count
+            for key, value in {"loss": loss.detach(), "weight": weight, **metrics}.items():
+                sums[key] = sums.get(key, 0.0) + value.double()
+        totals = self.world.sum(torch.stack(list(sums.values())))
+        sums = dict(zip(sums, totals.unbind(), strict=True))
+        weight = sums["weight"].clamp(min=1.0)
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(gradients)) / max(weight, 1)
-        if weight and math.isfinite(norm) and math.isfinite(total):
-            clip = min(1.0, self.settings.gradient_clip / (norm + 1e-12))
-            for gradient in gradients:
-                gradient.mul_(clip / weight)
-            for optimizer in self.optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = group["peak_lr"] * scale
+        norm = torch.nn.utils.get_total_norm(gradients) / weight
+        keep = self.guard.judge(sums["loss"] / weight, norm) * (sums["weight"] > 0)
+        torch._foreach_mul_(gradients, ((self.settings.gradient_clip / (norm + 1e-12)).clamp(max=1.0) / weight).float())
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * scale
+            if float(keep):
                 optimizer.step()
-            self._skipped_in_a_row = 0
-        else:
-            self._skip(total, norm)
+        if self.average is not None:
+            self.average.update(self.step, keep)
         self.model.zero_grad(set_to_none=True)
-        return total, weight
+        sums["skipped"] = 1.0 - keep.double()
+        for key, value in sums.items():
+            self._sums[key] = self._sums.get(key, 0.0) + value
 
-    def _skip(self, loss: float, norm: float) -> None:
-        self.skipped += 1
-        self._skipped_in_a_row += 1
-        self.progress.say(f"warning: step {self.step} skipped: loss {loss}, gradient norm {norm}")
-        if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            raise UserError(
-                f"the loss or gradient was not finite for {MAX_SKIPPED_IN_A_ROW} steps in a row (step {self.step}); "
-                "lower the learning rates (pretrain.optimizer.matrix_learning_rate) or use precision = 'float32'. "
-                f"The last good checkpoint is in {self.folder}"
+    def _go_back(self) -> None:
+        """Return to the last checkpoint, and pass over the batches since.
+
+        Raises:
+            UserError: if there is none, or the run has gone back too often.
+        """
+        bad, rewinds, passed_over = self.step, self.rewinds, self.passed_over
+        advice = (
+            f"the loss or gradient was not finite, or far above what it had been, for {self.loop.max_skipped} steps in "
+            f"a row (step {bad}, after going back {rewinds} times); lower the learning rates "
+            "(pretrain.optimizer.matrix_learning_rate) or use precision = 'float32'. "
+            f"The last good checkpoint is in {self.folder}"
+        )
+        if rewinds >= self.loop.max_rewinds or not self._load():
+            raise UserError(advice)
+        self.rewinds, self.passed_over = rewinds + 1, passed_over + bad - self.step
+        self.guard.forget()
+        self._sums = {}
+        self.progress.record("rewind", step=self.step, from_step=bad, passed_over=self.passed_over)
+        self.progress.say(
+            f"warning: {self.loop.max_skipped} steps in a row were skipped; going back from step {bad} to {self.step}, "
+            f"and on with the batches after those"
+        )
+
+    def _log(self) -> None:
+        sums = {key: float(value) for key, value in self._sums.items()}
+        self._sums = {}
+        weight, skipped = sums.pop("weight"), int(sums.pop("skipped"))
+        self.tokens += round(weight)
+        means = {key: value / max(weight, 1.0) for key, value in sums.items()}
+        if skipped:
+            self.progress.say(
+                f"warning: {skipped} of the last steps to {self.step} skipped: loss or gradient norm not finite, or "
+                f"far above what it had been (loss {means['loss']:.3f})"
             )
-
-    def _log(self, losses: list[tuple[float, int]], last_step_seconds: float) -> None:
-        weight = sum(count for _, count in losses)
-        loss = sum(total for total, _ in losses) / max(weight, 1)
         speed = self.tokens / max(self.seconds, 1e-9)
         remaining = (self.num_steps - self.step) * self.seconds / self.step
         self.progress.record(
             "step",
             step=self.step,
-            loss=round(loss, 5),
+            **{key: round(value, 5) for key, value in means.items()},
             learning_rate=self.optimizers[0].param_groups[0]["lr"],
             tokens=self.tokens,
             seconds=round(self.seconds, 3),
             tokens_per_second=round(speed),
-            step_seconds=round(last_step_seconds, 4),
+            skipped=self.skipped,
         )
         if self.step % (self._log_every * 5) == 0 or self.step == self.num_steps:
             self.progress.say(
-                f"step {self.step:>6}/{self.num_steps}  loss {loss:.3f} nats/{self.unit}  "
+                f"step {self.step:>6}/{self.num_steps}  loss {means['loss']:.3f} nats/{self.unit}  "
                 f"{speed:>7,.0f} {self.unit}s/s  {_clock(self.seconds)} done, {_clock(remaining)} to go"
             )
 
-    def _evaluate(self) -> None:
+    def _evaluate(self, averaged: bool = False) -> None:
         if self.evaluate is None:
             return
         self.model.eval()
-        fields = self.evaluate(self.step)
+        with self.average.applied() if self.average is not None and averaged else contextlib.nullcontext():
+            fields = self.evaluate(self.step)
         self.model.train()
         self.progress.record("evaluation", step=self.step, seconds=round(self.seconds, 3), **fields)
         self.progress.say(
@@ -206,19 +295,29 @@ class Trainer:
             for number, state in optimizer.state_dict()["state"].items():
                 for key, value in state.items():
                     tensors[f"optimizer.{index}.{number}.{key}"] = value
+        tensors |= self.guard.state()
+        if self.average is not None:
+            tensors |= {f"average.{name}": value for name, value in self.average.averages.items()}
         meta = {
             "run_fingerprint": self.run_fingerprint,
             "seconds": self.seconds,
-            "tokens": self.tokens,
-            "skipped": self.skipped,
+            "tokens": self.tokens + round(float(self._sums.get("weight", 0.0))),
+            "rewinds": self.rewinds,
+            "passed_over": self.passed_over,
         }
         save_checkpoint(self.folder, Checkpoint(self.step, tensors, meta))
 
     def _resume(self) -> None:
+        found = self._load()
+        self._truncate_metrics(self.step)
+        if found:
+            self.progress.say(f"continuing at step {self.step} of {self.num_steps}")
+
+    def _load(self) -> bool:
+        """Take everything from the newest checkpoint; False if there is none."""
         checkpoint = load_newest(self.folder, self.run_fingerprint, self.progress)
-        self._truncate_metrics(checkpoint.step if checkpoint else 0)
         if checkpoint is None:
-            return
+            return False
         weights = {k.removeprefix("model."): v for k, v in checkpoint.tensors.items() if k.startswith("model.")}
         self.model.load_state_dict(weights)
         for index, optimizer in enumerate(self.optimizers):
@@ -228,10 +327,15 @@ class Trainer:
                     _, _, number, name = key.split(".")
                     state.setdefault(int(number), {})[name] = value
             optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        for key, value in self.guard.state().items():
+            value.copy_(checkpoint.tensors[key])
+        if self.average is not None:
+            for name, value in self.average.averages.items():
+                value.copy_(checkpoint.tensors[f"average.{name}"])
         self.step = checkpoint.step
         self.seconds, self.tokens = checkpoint.meta["seconds"], checkpoint.meta["tokens"]
-        self.skipped = checkpoint.meta["skipped"]
-        self.progress.say(f"continuing at step {self.step} of {self.num_steps}")
+        self.rewinds, self.passed_over = checkpoint.meta["rewinds"], checkpoint.meta["passed_over"]
+        return True
 
     def _truncate_metrics(self, step: int) -> None:
         """Drop log lines of steps that will be run again."""

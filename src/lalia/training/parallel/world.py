@@ -6,30 +6,10 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from pydantic import Field
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from lalia.errors import UserError
-from lalia.settings import Settings
-
-AXES = ("replicate", "shard", "context", "tensor")
-"""Axes of the device mesh, the outermost first: neighbours in the last share a machine's fastest links."""
-
-
-class ParallelConfig(Settings):
-    """How many devices along each axis; their product is the number of processes."""
-
-    replicate: int | None = Field(default=None, ge=1)
-    """Copies of the model, each on rows of its own (data parallel); None means what the other axes leave."""
-    shard: int = Field(default=1, ge=1)
-    """Devices among which weights, gradients and optimizer state of one copy are divided, each on rows of its own."""
-    context: int = Field(default=1, ge=1)
-    """Devices among which every row's tokens are divided, for long sequences."""
-    tensor: int = Field(default=1, ge=1)
-    """Devices among which every layer's heads and feed-forward units are divided."""
-    expert: int = Field(default=1, ge=1)
-    """Devices among which the experts of a mixture are divided: neighbours among those with rows of their own."""
+from lalia.training.parallel.layout import AXES, ParallelConfig, resolve
 
 
 @dataclass(frozen=True)
@@ -80,6 +60,14 @@ class World:
             dist.all_reduce(value, group=self.mesh[AXES[:3]]._flatten("tokens").get_group())
         return value
 
+    def agree(self, *flags: bool) -> list[bool]:
+        """Each flag, True if it is True in any process; on the host, so that no device has to wait."""
+        if self.size == 1:
+            return list(flags)
+        values = torch.tensor(flags, dtype=torch.int32)
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+        return [bool(value) for value in values]
+
     def barrier(self) -> None:
         """Wait until every process is here."""
         if self.mesh is not None:
@@ -99,29 +87,8 @@ def start(config: ParallelConfig, timeout_seconds: float = 600.0) -> World:
     if size == 1:
         return World(layout, device)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_seconds))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_seconds))
     assert layout.replicate is not None
     shape = (layout.replicate, layout.shard, layout.context, layout.tensor)
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=AXES)
     return World(layout, device, dist.get_rank(), size, mesh)
-
-
-def resolve(config: ParallelConfig, size: int) -> ParallelConfig:
-    """The layout with `replicate` filled in.
-
-    Raises:
-        UserError: if the axes do not multiply to the number of processes.
-    """
-    others = config.shard * config.context * config.tensor
-    replicate = config.replicate or max(1, size // others)
-    if replicate * others != size:
-        raise UserError(
-            f"the layout replicate {replicate} x shard {config.shard} x context {config.context} x tensor "
-            f"{config.tensor} = {replicate * others} does not fit the {size} processes that were started; change "
-            f"pretrain.parallel, or start {replicate * others} processes (torchrun --nproc-per-node ...)"
-        )
-    if (replicate * config.shard) % config.expert:
-        raise UserError(
-            f"pretrain.parallel.expert = {config.expert} must divide replicate x shard = {replicate * config.shard}"
-        )
-    return config.model_copy(update={"replicate": replicate})
