@@ -13,6 +13,16 @@ def num_cpus() -> int:
         return os.cpu_count() or 1
 
 
+def process_rank() -> int:
+    """Number of this process among those that torchrun (or Ray) started to work together; 0 alone."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def num_processes() -> int:
+    """Processes that were started to work together; 1 alone."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def cpu_name() -> str:
     """Model name of the processor."""
     try:

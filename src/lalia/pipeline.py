@@ -4,6 +4,9 @@ A stage works in `runs/NAME/.STAGE.partial` and is renamed to `runs/NAME/STAGE` 
 The fingerprint in the receipt covers the stage's settings and those of everything it was made from: the same
 fingerprint means done; a partial folder with the same fingerprint is continued; anything else is made anew, and the
 old result stays until the new one is whole.
+
+Several processes (torchrun, Ray) may run the same recipe in one folder that all of them see: the first does what one
+process does, all take part in the stages that train `together`, and the others wait for the rest.
 """
 
 import contextlib
@@ -19,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from lalia import __version__
+from lalia.devices import process_rank
 from lalia.errors import CorruptFile, UserError
 from lalia.files import fingerprint, read_json, replace_directory, run_lock, write_json, write_text
 from lalia.progress import Progress
@@ -53,6 +57,7 @@ class Stage:
         resumable: keeps the partial folder of an interrupted attempt.
         wanted: whether the recipe has this stage at all.
         version: raised when the stage's output changes for the same settings.
+        together: every process takes part in making it; other stages are the first process's work.
     """
 
     name: str
@@ -63,6 +68,7 @@ class Stage:
     resumable: bool = False
     wanted: Callable[[Recipe], bool] = lambda recipe: True
     version: int = 1
+    together: bool = False
 
 
 def run_recipe(
@@ -83,6 +89,9 @@ def run_recipe(
         UserError: for anything the user can mend: data, settings, a folder in use, a full disk.
     """
     folder = folder or Path("runs") / recipe.name
+    if process_rank() > 0:
+        run = Run(folder, recipe, Progress(quiet=True))
+        return {"run": str(folder)} | {stage.name: _help(run, stage) for stage in stages_until(recipe, until)}
     with run_lock(folder):
         progress = progress or Progress(folder / "log.jsonl")
         if progress.log_path is None:
@@ -187,6 +196,25 @@ def _ensure(run: Run, stage: Stage) -> dict[str, Any]:
     }
     write_json(partial / "receipt.json", receipt)
     return _put_in_place(run, stage, receipt)
+
+
+def _help(run: Run, stage: Stage) -> dict[str, Any]:
+    """The part of a process that is not the first: train together, wait for everything else."""
+    mark = stage_fingerprint(run, stage)
+    partial = _partial(run, stage)
+    while status(run, stage)[0] != "done":
+        begun = _started(partial)
+        if stage.together and begun is not None and begun["fingerprint"] == mark and _receipt(partial) is None:
+            stage.make(run, partial, mark)
+            break
+        time.sleep(POLL_SECONDS)
+    while status(run, stage)[0] != "done":
+        time.sleep(POLL_SECONDS)
+    return read_json(run.path(stage.name) / "receipt.json")["summary"]
+
+
+POLL_SECONDS = 0.2
+"""Between two looks of a waiting process at the first one's progress. If the first dies, torchrun ends the others."""
 
 
 def _refuse_foreign_folder(target: Path, stage: Stage) -> None:

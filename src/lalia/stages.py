@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from lalia.devices import process_rank
 from lalia.files import fingerprint, read_json, write_json
 from lalia.pipeline import Run, Stage
 from lalia.progress import Progress
@@ -95,6 +96,8 @@ def _report(run: Run, out: Path, mark: str) -> dict[str, Any]:
 
 
 def _metrics(run: Run, out: Path) -> Progress:
+    if process_rank() > 0:
+        return Progress(quiet=True)
     return Progress(out / "metrics.jsonl", quiet=run.progress.quiet)
 
 
@@ -119,7 +122,7 @@ STAGES = [
         _plan,
         ("plan.json",),
     ),
-    Stage("base", ("tokens", "plan"), _planned, _pretrain, _MODEL_FILES, resumable=True),
+    Stage("base", ("tokens", "plan"), _planned, _pretrain, _MODEL_FILES, resumable=True, together=True),
     Stage(
         "chat",
         ("documents", "base"),
@@ -127,6 +130,7 @@ STAGES = [
         _finetune,
         _MODEL_FILES,
         resumable=True,
+        together=True,
         wanted=lambda recipe: recipe.finetune.enabled,
     ),
     Stage(

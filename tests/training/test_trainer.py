@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from lalia.errors import UserError
 from lalia.model.transformer import Transformer
 from lalia.training.checkpoints import load_newest
 from lalia.training.objectives import Metrics, next_token
-from lalia.training.schedule import learning_rate_scale
 from lalia.training.trainer import Trainer
 from tests.training.conftest import RandomBatches, make_trainer, tiny_model
 
@@ -166,9 +164,3 @@ def test_bfloat16_activations_train_too(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, model=model)
     trainer.train()
     assert all(value.dtype == torch.float32 for value in weights(trainer).values())
-
-
-@pytest.mark.parametrize(("step", "expected"), [(0, 0.5), (1, 1.0), (4, 1.0), (5, 1.0), (7, 0.6), (9, 0.2)])
-def test_schedule(step: int, expected: float) -> None:
-    values: dict[str, Any] = {"warmup_fraction": 0.1, "decay_fraction": 0.5, "final_fraction": 0.0}
-    assert learning_rate_scale(step, 10, **values) == pytest.approx(expected)

@@ -75,7 +75,8 @@ class LoopConfig(Settings):
     """Steps whose loss or gradient norm is so many standard deviations above the recent mean are skipped; None skips
     only what is not finite."""
     max_skipped: int = Field(default=20, gt=0)
-    """Skipped steps in a row after which training goes back to the last checkpoint and passes over their batches."""
+    """Skipped steps in a row after which training goes back to the last checkpoint and passes over their batches; it
+    is looked at every so many steps, so that the device is not waited for more often."""
     max_rewinds: int = Field(default=3, ge=0)
     """Times that a run may go back."""
     checkpoint_seconds: float = Field(default=30.0, ge=0)

@@ -206,7 +206,7 @@ class Trainer:
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients) / weight
         keep = self.guard.judge(sums["loss"] / weight, norm) * (sums["weight"] > 0)
-        torch._foreach_mul_(gradients, ((self.settings.gradient_clip / (norm + 1e-12)).clamp(max=1.0) / weight).float())
+        _scale(gradients, ((self.settings.gradient_clip / (norm + 1e-12)).clamp(max=1.0) / weight).float())
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * scale
@@ -426,6 +426,10 @@ def initialize(model: Transformer, seed: int) -> None:
 def embedding_std(tied: bool) -> float:
     """Standard deviation of the initial embedding: near one when it is read only, small when it is the head too."""
     return 0.02 if tied else 0.8
+
+
+def _scale(gradients: list[Tensor], factor: Tensor) -> None:
+    torch._foreach_mul_(gradients, factor)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _clock(seconds: float) -> str:

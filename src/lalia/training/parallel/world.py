@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from lalia.devices import num_processes
 from lalia.training.parallel.layout import AXES, ParallelConfig, resolve
 
 
@@ -80,7 +81,7 @@ def start(config: ParallelConfig, timeout_seconds: float = 600.0) -> World:
     Raises:
         UserError: if the layout does not fit the number of processes.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = num_processes()
     layout = resolve(config, size)
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
