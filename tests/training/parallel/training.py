@@ -42,7 +42,12 @@ GPT2: dict[str, Any] = QWEN3 | {
     "tie_word_embeddings": False,
 }
 QWEN2: dict[str, Any] = QWEN3 | {"qk_norm": "none", "qkv_bias": True, "norm_order": "sandwich", "head_bias": True}
-MIXTURE: dict[str, Any] = QWEN3 | {"num_experts": 3, "num_experts_per_token": 2, "expert_size": 16, "router_aux_loss_coef": 0.0}
+MIXTURE: dict[str, Any] = QWEN3 | {
+    "num_experts": 3,
+    "num_experts_per_token": 2,
+    "expert_size": 16,
+    "router_aux_loss_coef": 0.0,
+}
 
 
 class LossModule(nn.Module):
@@ -76,7 +81,7 @@ def make_model(values: dict[str, Any], dtype: torch.dtype = torch.float32) -> Tr
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
-            mean = 1.0 if parameter.ndim == 1 else 0.0
+            mean = 1.0 if parameter.ndim == 1 and model.config.norm_weight == "plain" else 0.0
             parameter.normal_(mean, 0.1, generator=generator)
     return model
 
@@ -176,11 +181,11 @@ def together(
 
 
 def largest_difference(actual: Outcome, expected: Outcome) -> float:
-    """Over losses, gradient norms, and on the main process gradients and weights, of values that are about 1 or less."""
+    """Over losses, gradient norms, and on the main process gradients and weights; relative to values above 1."""
     pairs = [(torch.tensor(actual.losses), torch.tensor(expected.losses))]
     pairs.append((torch.tensor(actual.norms), torch.tensor(expected.norms)))
     if actual.weights:
         assert list(actual.weights) == list(expected.weights)
         pairs += [(actual.weights[name], expected.weights[name]) for name in expected.weights]
         pairs += [(actual.gradients[name], expected.gradients[name]) for name in expected.gradients]
-    return max(float((a - b).abs().max()) for a, b in pairs)
+    return max(float(((a - b).abs() / b.abs().clamp_min(1.0)).max()) for a, b in pairs)

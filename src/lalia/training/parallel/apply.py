@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import GradBucket
 
 from lalia.errors import UserError
 from lalia.model.transformer import Transformer
-from lalia.training.parallel.state import gather_again, is_divided, local
+from lalia.training.parallel.state import is_divided, local, release
 from lalia.training.parallel.world import World
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def _shard(model: Transformer, world: World) -> None:
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
     # A forward pass without a backward pass leaves the outer weights gathered, of which the optimizer knows nothing.
-    model.register_forward_pre_hook(lambda module, _: gather_again(module), prepend=True)
+    model.register_forward_pre_hook(lambda module, _: release(module), prepend=True)
 
 
 _DIVIDED_BY_COLUMNS = ("attention.qkv.weight", "feed_forward.up.weight")
@@ -178,7 +179,7 @@ class GradientSync:
                         tensor.copy_(part.view_as(tensor))
 
 
-def _sum_bucket(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def _sum_bucket(state: None, bucket: GradBucket) -> torch.futures.Future[Tensor]:
     """DDP's way of reducing a bucket, without its division by the number of ranks."""
     work = dist.all_reduce(bucket.buffer(), async_op=True)
     assert work is not None
@@ -209,10 +210,12 @@ def gradient_norm(model: nn.Module, world: World) -> Tensor:
     for parameter in model.parameters():
         if parameter.grad is not None:
             by_groups[_groups(parameter.grad)].append(local(parameter.grad).float())
+    if list(by_groups) == [()]:  # without rounding once more
+        return nn.utils.get_total_norm(by_groups[()])
     total = torch.zeros((), device=world.device)
     # Every rank has the same groups of parameters, in the order of the parameters.
     for groups, gradients in by_groups.items():
-        squares = torch.stack(torch._foreach_norm(gradients)).square().sum()
+        squares = nn.utils.get_total_norm(gradients).square()
         for group in groups:
             dist.all_reduce(squares, group=group)
         total += squares

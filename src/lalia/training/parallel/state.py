@@ -89,7 +89,7 @@ def saved_state(model: Transformer, optimizers: Sequence[torch.optim.Optimizer])
     Returns:
         views of the weights and the state: ordinary tensors, the same on every rank, or DTensors.
     """
-    gather_again(model)
+    release(model)
     result: dict[str, Tensor] = {}
 
     def add(kind: str, name: str, tensor: Tensor, key: str = "") -> None:
@@ -128,9 +128,10 @@ def _like(parameter: "DTensor", value: Tensor) -> Tensor:
 def full_state(model: Transformer) -> dict[str, Tensor]:
     """The model's state_dict as in one process: ordinary tensors on the CPU, of the main process; empty on the others.
 
-    All ranks call it. Parameters are gathered one after the other, so a device needs room for one of them only.
+    All ranks call it. Parameters are gathered one after the other, so a device needs room for one of them only. Those
+    that are whole on a CPU already are not copied: they change as the model does.
     """
-    gather_again(model)
+    release(model)
     is_main = not dist.is_initialized() or dist.get_rank() == 0
     result: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
@@ -152,7 +153,7 @@ def whole(config: ModelConfig, name: str, tensor: Tensor) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1 if tensor.ndim == 3 else 0)
 
 
-def gather_again(model: nn.Module) -> None:
+def release(model: nn.Module) -> None:
     """Let go of weights that are still gathered after a forward pass without a backward pass (evaluation).
 
     The weights outside the layers stay gathered behind a forward pass, since the loss reads the head's. Until a
