@@ -42,4 +42,8 @@ def resolve(config: ParallelConfig, size: int) -> ParallelConfig:
         raise UserError(
             f"pretrain.parallel.expert = {config.expert} must divide replicate x shard = {replicate * config.shard}"
         )
+    if config.expert > 1 and config.tensor > 1:
+        raise UserError(
+            f"pretrain.parallel.expert = {config.expert} with tensor = {config.tensor} is not supported; set one to 1"
+        )
     return config.model_copy(update={"replicate": replicate})

@@ -21,6 +21,10 @@ class World:
         layout: devices along each axis, `replicate` resolved.
         device: where this process computes.
         mesh: over `AXES`; None where the process is alone.
+        weights: over ("replicate", "shard", "tensor"), how weights are laid out: ranks that take parts of the same rows
+            hold different tokens as well, so weights are divided among shard x context of them.
+        experts: over ("copies", "expert"), how the weights of experts are laid out: those along "expert" hold different
+            experts, those along "copies" the same ones, whose gradients are summed; None if experts are not divided.
     """
 
     layout: ParallelConfig
@@ -28,6 +32,8 @@ class World:
     rank: int = 0
     size: int = 1
     mesh: DeviceMesh | None = None
+    weights: DeviceMesh | None = None
+    experts: DeviceMesh | None = None
 
     @classmethod
     def alone(cls, device: torch.device | str = "cpu") -> "World":
@@ -55,10 +61,17 @@ class World:
         """Which part of every row this process takes."""
         return self.rank // self.layout.tensor % self.layout.context
 
+    @property
+    def tokens(self) -> dist.ProcessGroup | None:
+        """The processes that hold different tokens, along the first three axes; None if this is the only one."""
+        if self.mesh is None or self.size == self.layout.tensor:
+            return None
+        return self.mesh[AXES[:3]]._flatten("tokens").get_group()
+
     def sum(self, value: Tensor) -> Tensor:
         """Sum over the processes that hold different tokens (in place); those of a tensor-parallel group agree."""
-        if self.mesh is not None and self.size > self.layout.tensor:
-            dist.all_reduce(value, group=self.mesh[AXES[:3]]._flatten("tokens").get_group())
+        if (group := self.tokens) is not None:
+            dist.all_reduce(value, group=group)
         return value
 
     def agree(self, *flags: bool) -> list[bool]:
@@ -87,9 +100,19 @@ def start(config: ParallelConfig, timeout_seconds: float = 600.0) -> World:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if size == 1:
         return World(layout, device)
+    if cuda:
+        torch.cuda.set_device(device)
     if not dist.is_initialized():
+        # Checkpoints and messages go between CPUs, beside what NCCL does.
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_seconds))
-    assert layout.replicate is not None
-    shape = (layout.replicate, layout.shard, layout.context, layout.tensor)
-    mesh = init_device_mesh(device.type, shape, mesh_dim_names=AXES)
-    return World(layout, device, dist.get_rank(), size, mesh)
+    replicate, shard, context, tensor = layout.replicate, layout.shard, layout.context, layout.tensor
+    assert replicate is not None
+    mesh = init_device_mesh(device.type, (replicate, shard, context, tensor), mesh_dim_names=AXES)
+    names = ("replicate", "shard", "tensor")
+    weights = init_device_mesh(device.type, (replicate, shard * context, tensor), mesh_dim_names=names)
+    experts = None
+    if layout.expert > 1:
+        # Of every rank of a group of experts the others have other rows, but the same part of them.
+        ranks = torch.arange(size).view(-1, layout.expert, context).transpose(1, 2).reshape(-1, layout.expert)
+        experts = DeviceMesh(device.type, ranks, mesh_dim_names=("copies", "expert"))
+    return World(layout, device, dist.get_rank(), size, mesh, weights, experts)
