@@ -40,6 +40,10 @@ class World:
         layout: devices along each axis, `replicate` resolved.
         device: where this process computes.
         mesh: over `AXES`; None where the process is alone.
+        weights: over ("replicate", "shard", "tensor"), how weights are laid out: ranks that take parts of the same rows
+            hold different tokens as well, so weights are divided among shard x context of them.
+        experts: over ("copies", "expert"), how the weights of experts are laid out: those along "expert" hold different
+            experts, those along "copies" the same ones, whose gradients are summed; None if experts are not divided.
     """
 
     layout: ParallelConfig
@@ -47,6 +51,8 @@ class World:
     rank: int = 0
     size: int = 1
     mesh: DeviceMesh | None = None
+    weights: DeviceMesh | None = None
+    experts: DeviceMesh | None = None
 
     @classmethod
     def alone(cls, device: torch.device | str = "cpu") -> "World":
@@ -74,10 +80,17 @@ class World:
         """Which part of every row this process takes."""
         return self.rank // self.layout.tensor % self.layout.context
 
+    @property
+    def tokens(self) -> dist.ProcessGroup | None:
+        """The processes that hold different tokens, along the first three axes; None if this is the only one."""
+        if self.mesh is None or self.size == self.layout.tensor:
+            return None
+        return self.mesh[AXES[:3]]._flatten("tokens").get_group()
+
     def sum(self, value: Tensor) -> Tensor:
         """Sum over the processes that hold different tokens (in place); those of a tensor-parallel group agree."""
-        if self.mesh is not None and self.size > self.layout.tensor:
-            dist.all_reduce(value, group=self.mesh[AXES[:3]]._flatten("tokens").get_group())
+        if (group := self.tokens) is not None:
+            dist.all_reduce(value, group=group)
         return value
 
     def barrier(self) -> None:
@@ -98,12 +111,29 @@ def start(config: ParallelConfig, timeout_seconds: float = 600.0) -> World:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if size == 1:
         return World(layout, device)
+    if cuda:
+        torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_seconds))
+        # Checkpoints and messages go between CPUs, beside what NCCL does.
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
     assert layout.replicate is not None
-    shape = (layout.replicate, layout.shard, layout.context, layout.tensor)
-    mesh = init_device_mesh(device.type, shape, mesh_dim_names=AXES)
-    return World(layout, device, dist.get_rank(), size, mesh)
+    replicate, shard, context, tensor, expert = (
+        layout.replicate,
+        layout.shard,
+        layout.context,
+        layout.tensor,
+        layout.expert,
+    )
+    mesh = init_device_mesh(device.type, (replicate, shard, context, tensor), mesh_dim_names=AXES)
+    names = ("replicate", "shard", "tensor")
+    weights = init_device_mesh(device.type, (replicate, shard * context, tensor), mesh_dim_names=names)
+    experts = None
+    if expert > 1:
+        # Of every rank of a group of experts the others have other rows, but the same part of them.
+        ranks = torch.arange(size).view(-1, expert, context).transpose(1, 2).reshape(-1, expert)
+        experts = DeviceMesh(device.type, ranks, mesh_dim_names=("copies", "expert"))
+    return World(layout, device, dist.get_rank(), size, mesh, weights, experts)
 
 
 def resolve(config: ParallelConfig, size: int) -> ParallelConfig:
@@ -123,5 +153,9 @@ def resolve(config: ParallelConfig, size: int) -> ParallelConfig:
     if (replicate * config.shard) % config.expert:
         raise UserError(
             f"pretrain.parallel.expert = {config.expert} must divide replicate x shard = {replicate * config.shard}"
+        )
+    if config.expert > 1 and config.tensor > 1:
+        raise UserError(
+            f"pretrain.parallel.expert = {config.expert} with tensor = {config.tensor} is not supported; set one to 1"
         )
     return config.model_copy(update={"replicate": replicate})
