@@ -101,8 +101,7 @@ class MixtureOfExperts(nn.Module):
             computed = self.compute(spread, counts, self.up, self.down)
         else:
             computed = self.exchange(self, spread, counts)
-        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        per_choice = computed.index_select(0, back).view(-1, self.num_chosen, x.shape[-1])
+        per_choice = computed.index_select(0, inverse(order)).view(-1, self.num_chosen, x.shape[-1])
         return (per_choice * weights.unsqueeze(-1).to(x.dtype)).sum(1).view(x.shape)
 
     def compute(self, rows: Tensor, counts: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -122,6 +121,11 @@ class MixtureOfExperts(nn.Module):
             return grouped_linear(hidden, down, ends)
         parts = zip(rows.split(counts.tolist()), up.unbind(), down.unbind(), strict=True)
         return torch.cat([linear(activate(linear(x, u), self.activation, self.gated), d) for x, u, d in parts])
+
+
+def inverse(order: Tensor) -> Tensor:
+    """The permutation that undoes another: x[order][inverse(order)] = x."""
+    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
 
 
 def grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
