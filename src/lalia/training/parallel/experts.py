@@ -30,7 +30,6 @@ def apply_experts(model: Transformer, world: World) -> None:
     Raises:
         UserError: if the model's experts do not divide evenly.
     """
-    assert world.experts is not None
     size = world.layout.expert
     mixtures = [module for module in model.modules() if isinstance(module, MixtureOfExperts)]
     if not mixtures:
@@ -42,6 +41,7 @@ def apply_experts(model: Transformer, world: World) -> None:
         raise UserError(
             f"pretrain.parallel.expert = {size} must divide the model's num_experts = {model.config.num_experts}"
         )
+    assert world.experts is not None
     rank, group = world.experts.get_local_rank("expert"), world.experts.get_group("expert")
     for module in mixtures:
         for name in ("up", "down"):
