@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lalia.model.attention import attend
 from lalia.model.config import ModelConfig
-from lalia.model.experts import MixtureOfExperts, activate, choose_experts, elementwise
+from lalia.model.experts import MixtureOfExperts, activate, choose_experts, elementwise, grouped_linear
 from lalia.model.transformer import Norm, Transformer
 
 CONFIG = ModelConfig(
@@ -67,6 +67,23 @@ def test_experts_equal_a_loop_over_rows(normalize: bool, chosen: int) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     other = row_by_row(module, x, not normalize, chosen)
     assert (ours - other).abs().max() > 1e-3 or chosen == 5
+
+
+def test_products_in_one_kernel_equal_one_per_expert() -> None:
+    """The kernel that CUDA takes, which torch also has for the CPU; an expert without rows has no gradient."""
+    rows, weight = random(32, 16).bfloat16().requires_grad_(), random(4, 24, 16, seed=1).requires_grad_()
+    upstream, counts = random(32, 24, seed=2).bfloat16(), [10, 0, 15, 7]
+    ends = torch.tensor(counts).cumsum(0).int()
+
+    def looped(counts: list[int]) -> Tensor:
+        return torch.cat([x @ w.bfloat16().t() for x, w in zip(rows.split(counts), weight, strict=True)])
+
+    ours, expected = grouped_linear(rows, weight, ends), looped(counts)
+    torch.testing.assert_close(ours, expected)
+    found = torch.autograd.grad(ours, (rows, weight), upstream)
+    for a, b in zip(found, torch.autograd.grad(expected, (rows, weight), upstream), strict=True):
+        torch.testing.assert_close(a, b)
+    assert not found[1][1].any() and (ours - looped([11, 0, 14, 7])).abs().max() > 0.1
 
 
 def test_the_router_computes_in_float32_under_bfloat16() -> None:

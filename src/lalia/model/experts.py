@@ -1,5 +1,7 @@
 """Feed-forward networks: one for every token, or several among which a router chooses (mixture of experts)."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -80,6 +82,8 @@ class MixtureOfExperts(nn.Module):
         self.router = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
         self.up = nn.Parameter(torch.empty(config.num_experts, width, config.hidden_size))
         self.down = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, size))
+        self.exchange: Callable[[MixtureOfExperts, Tensor, Tensor], Tensor] | None = None
+        """Stands in for `compute` where each process holds some of the experts only: (self, rows, counts) -> rows."""
 
     def forward(self, x: Tensor, router_logits: list[Tensor] | None = None) -> Tensor:
         """(..., hidden) -> (..., hidden); the router's logits (rows, experts) are appended to `router_logits`."""
@@ -88,15 +92,57 @@ class MixtureOfExperts(nn.Module):
         if router_logits is not None:
             router_logits.append(logits)
         weights, chosen = choose_experts(logits, self.num_chosen, self.normalize)
-        out = torch.zeros_like(rows)
-        for expert in range(self.up.shape[0]):
-            row, rank = (chosen == expert).nonzero(as_tuple=True)
-            if row.numel() == 0:
-                continue
-            hidden = activate(linear(rows[row], self.up[expert]), self.activation, self.gated)
-            scaled = linear(hidden, self.down[expert]) * weights[row, rank, None].to(x.dtype)
-            out.index_add_(0, row, scaled)
-        return out.view(x.shape)
+        choices = chosen.reshape(-1)
+        order = choices.argsort(stable=True)  # those of one expert side by side
+        # Not bincount: on an accelerator it waits for the device.
+        counts = choices.new_zeros(len(self.router)).scatter_add_(0, choices, torch.ones_like(choices))
+        spread = rows.index_select(0, order // self.num_chosen)  # (rows * num_chosen, hidden)
+        if self.exchange is None:
+            computed = self.compute(spread, counts, self.up, self.down)
+        else:
+            computed = self.exchange(self, spread, counts)
+        per_choice = computed.index_select(0, inverse(order)).view(-1, self.num_chosen, x.shape[-1])
+        return (per_choice * weights.unsqueeze(-1).to(x.dtype)).sum(1).view(x.shape)
+
+    def compute(self, rows: Tensor, counts: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        """Each row through its expert.
+
+        Args:
+            rows: (rows, hidden), those of the first expert first.
+            counts: (experts,) int64, rows of each expert.
+            up, down: the weights of these experts.
+
+        Returns:
+            (rows, hidden)
+        """
+        if rows.is_cuda and _fits_grouped(rows, up, down):
+            ends = counts.cumsum(0).int()
+            hidden = activate(grouped_linear(rows, up, ends), self.activation, self.gated)
+            return grouped_linear(hidden, down, ends)
+        parts = zip(rows.split(counts.tolist()), up.unbind(), down.unbind(), strict=True)
+        return torch.cat([linear(activate(linear(x, u), self.activation, self.gated), d) for x, u, d in parts])
+
+
+def inverse(order: Tensor) -> Tensor:
+    """The permutation that undoes another: x[order][inverse(order)] = x."""
+    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+
+
+def grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """rows weight[expert]^T in one kernel, which takes the sizes of the groups from the device.
+
+    Args:
+        rows: (rows, in_features), those of the first expert first.
+        weight: (experts, out_features, in_features)
+        ends: (experts,) int32, where the rows of each expert end.
+    """
+    return torch._grouped_mm(rows, weight.to(rows.dtype).transpose(1, 2), offs=ends)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def _fits_grouped(rows: Tensor, up: Tensor, down: Tensor) -> bool:
+    """The kernel is for bfloat16 and rows of whole 16 bytes; from Ampere on."""
+    whole = all(size % 8 == 0 for size in (*up.shape[1:], *down.shape[1:]))
+    return rows.dtype == torch.bfloat16 and whole and torch.cuda.get_device_capability(rows.device) >= (8, 0)
 
 
 def choose_experts(logits: Tensor, num_chosen: int, normalize: bool) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """The transformer: embedding, layers of attention and feed-forward, final norm, heads."""
 
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -63,10 +64,7 @@ class Attention(nn.Module):
         if c.qk_norm == "after_rope":
             query, key = self.query_norm(query), self.key_norm(key)
         value = value.transpose(1, 2)
-        if context.cache is not None:
-            key, value = context.cache.append(self.layer, key, value, context.positions)
-        mask = context.mask(c.window_of_layer(self.layer))
-        attended = attend(query, key, value, self.scale, mask, c.causal, c.attention_softcap)
+        attended = context.attend(self.layer, query, key, value, self.scale)
         return self.output(attended.transpose(1, 2).reshape(batch, seq, c.query_size))
 
 
@@ -143,6 +141,8 @@ class Transformer(nn.Module):
         self.projection = Linear(c.hidden_size, c.projection_size) if c.projection_size else None
         self.compute_dtype = torch.float32
         """dtype of the activations; weights stay as they are and are cast where they are used."""
+        self.make_context: Callable[..., Context] = Context
+        """Another one stands here where rows are divided among processes."""
 
     @property
     def device(self) -> torch.device:
@@ -179,7 +179,7 @@ class Transformer(nn.Module):
         """
         c = self.config
         x = self._embed_tokens(tokens) if c.image_size is None else self._embed_image(tokens)  # (batch, seq, hidden)
-        context = Context(c, x, positions, document_ids, cache, router_logits)
+        context = self.make_context(c, x, positions, document_ids, cache, router_logits)
         if c.positions == "learned":
             x = x + self.position_embedding(context.positions).to(x.dtype)
         if c.type_vocab_size:
@@ -270,6 +270,14 @@ class Context:
         self.seq = seq
         self._rotary: dict[tuple[float, RopeScaling | None], tuple[Tensor, Tensor]] = {}
         self._masks: dict[int | None, Tensor | None] = {}
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """What the tokens of this pass see: (batch, heads, seq, head_dim), of their own keys and values of as many."""
+        c = self.config
+        if self.cache is not None:
+            key, value = self.cache.append(layer, key, value, self.positions)
+        mask = self.mask(c.window_of_layer(layer))
+        return attend(query, key, value, scale, mask, c.causal, c.attention_softcap)
 
     def rotary(self, layer: int) -> tuple[Tensor, Tensor]:
         """cos and sin tables of a layer; layers with the same base share one."""
