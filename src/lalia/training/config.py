@@ -40,8 +40,13 @@ Budget = Annotated[str, AfterValidator(_check_budget)]
 class OptimizerConfig(Settings):
     """Learning rates by role, and the schedule they share."""
 
+    kind: Literal["muon", "adamw", "adamw8bit"] = "muon"
+    """What trains the matrices inside the layers: Muon, or AdamW like everything else, its moments in 8 bits if asked
+    (needs torchao, the extra `lowbit`)."""
     matrix_learning_rate: float = Field(default=0.02, gt=0)
     """Muon, for the matrices inside the layers."""
+    adamw_matrix_learning_rate: float = Field(default=0.003, gt=0)
+    """AdamW in Muon's place, at width 256; for other widths times 256 / width."""
     embedding_learning_rate: float = Field(default=0.1, gt=0)
     """AdamW, for the embedding."""
     head_learning_rate: float = Field(default=0.006, gt=0)

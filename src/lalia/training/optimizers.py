@@ -1,104 +1,105 @@
-"""AdamW for embeddings, head and norms; Muon for the matrices in between."""
+"""Which optimizer each weight gets: Muon for the matrices of the layers, AdamW for embedding, head and norms."""
 
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lalia.model.transformer import Transformer
+from lalia.training.adamw import AdamW, AdamW8bit
+from lalia.training.config import OptimizerConfig
+from lalia.training.muon import Muon
 
-POLAR_EXPRESS = (
-    (8.156555, -22.483293, 15.878770),
-    (4.042930, -2.808917, 0.500018),
-    (3.891668, -2.772484, 0.506065),
-    (3.285754, -2.368129, 0.464490),
-    (2.346541, -1.709783, 0.423236),
-)
-"""Coefficients of the odd polynomials of each iteration (Amsel et al. 2025, arXiv 2505.16932)."""
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
-
-def orthogonalize(matrices: Tensor, dtype: torch.dtype, iterations: int = 5) -> Tensor:
-    """The nearest semi-orthogonal matrices U V^T of the singular value decompositions, approximately.
-
-    Newton-Schulz iteration with the Polar Express polynomials; singular values end within about 0.7 to 1.2, which
-    is all Muon needs (Jordan et al. 2024).
-
-    Args:
-        matrices: (count, rows, columns) with rows >= columns.
-        dtype: precision of the products.
-        iterations: at most 5.
-
-    Returns:
-        (count, rows, columns) in `dtype`.
-    """
-    x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) * 1.01 + 1e-7)
-    x = x.to(dtype)
-    for a, b, c in POLAR_EXPRESS[:iterations]:
-        gram = torch.bmm(x.transpose(1, 2), x)  # (count, columns, columns)
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, x, polynomial, beta=a)
-    return x
+REFERENCE_WIDTH = 256
+"""Width for which AdamW's learning rates are stated."""
 
 
-class Muon(torch.optim.Optimizer):
-    """Momentum whose matrix updates are orthogonalized (Jordan et al. 2024), with decoupled weight decay.
+def make_optimizers(
+    model: Transformer, settings: OptimizerConfig, mesh: "DeviceMesh | None" = None
+) -> list[torch.optim.Optimizer]:
+    """The optimizers of a model, as its weights lie on this process (so after `parallelize`).
 
-    A parameter may hold several matrices stacked along its rows (query, key and value; gate and up); each is
-    orthogonalized on its own. All matrices of one shape go through the iteration as one batch. The update is scaled
-    by sqrt(max(1, rows / columns)) so that its spectral norm suits a (rows, columns) map whatever its shape.
+    Every parameter group has its "role" (matrix, head, embedding or scalar), the "names" of its parameters, and its
+    "peak_lr", from which the schedule makes "lr". The `step(keep)` of every optimizer takes a 0-d tensor: where it is
+    0, nothing changes, whatever the gradients hold, and the host need not know.
 
     Args:
-        matrices: pairs (parameter, heights of the stacked matrices).
-        lr: learning rate of a square matrix.
-        momentum: Nesterov momentum.
-        weight_decay: decoupled, multiplied by lr.
-        dtype: precision of the Newton-Schulz products.
+        mesh: axes along which processes hold copies or parts of the weights (`World.weights`); Muon divides its work
+            among them.
+
+    Raises:
+        UserError: if `settings.kind` needs torchao and it is missing, or the layout does not suit it.
     """
+    heights = {id(p): h for p, h in matrix_heights(model)}
+    groups: dict[str, dict[str, Any]] = {
+        role: {"role": role, "params": [], "names": [], "lr": rate, "betas": settings.betas, "weight_decay": 0.0}
+        for role, rate in learning_rates(settings, model.config.hidden_size).items()
+    }
+    groups["matrix"]["weight_decay"] = settings.weight_decay
+    for name, parameter in model.named_parameters():
+        group = groups["matrix" if id(parameter) in heights else _role(model, name, parameter)]
+        group["params"].append(parameter)
+        group["names"].append(name)
+    optimizers: list[torch.optim.Optimizer] = []
+    if settings.kind == "muon":
+        matrices = groups.pop("matrix")
+        pairs = [(p, heights[id(p)]) for p in matrices.pop("params")]
+        muon = Muon(
+            pairs,
+            lr=matrices["lr"],
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+            dtype=iteration_dtype(model),
+            mesh=mesh,
+        )
+        muon.param_groups[0] |= {"role": "matrix", "names": matrices["names"]}
+        optimizers.append(muon)
+    kind = AdamW8bit if settings.kind == "adamw8bit" else AdamW
+    optimizers.append(kind([group for group in groups.values() if group["params"]]))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    return optimizers
 
-    def __init__(
-        self,
-        matrices: Iterable[tuple[nn.Parameter, tuple[int, ...]]],
-        lr: float,
-        momentum: float = 0.95,
-        weight_decay: float = 0.0,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        pairs = list(matrices)
-        super().__init__([p for p, _ in pairs], {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        self.heights = dict(pairs)
-        self.dtype = dtype
 
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Update every parameter that has a gradient."""
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                continue
-            grads = [p.grad for p in params]
-            buffers = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
-            for buffer, grad in zip(buffers, grads, strict=True):
-                buffer.lerp_(grad, 1 - group["momentum"])
-            updates = [torch.lerp(g, b, group["momentum"]) for g, b in zip(grads, buffers, strict=True)]
-            by_shape: dict[tuple[int, int], list[tuple[Tensor, Tensor, bool]]] = defaultdict(list)
-            for p, update in zip(params, updates, strict=True):
-                heights = self.heights[p]
-                # Experts are stacked along a dimension of their own, which is rows too.
-                update, p = update.flatten(0, -2), p.flatten(0, -2)
-                for matrix, weight in zip(update.split(heights), p.split(heights), strict=True):
-                    wide = matrix.shape[0] < matrix.shape[1]
-                    tall = matrix.t() if wide else matrix
-                    by_shape[(tall.shape[0], tall.shape[1])].append((tall, weight, wide))
-            if group["weight_decay"]:
-                for p in params:
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-            for entries in by_shape.values():
-                stacked = orthogonalize(torch.stack([tall for tall, _, _ in entries]), self.dtype)
-                for direction, (_, weight, wide) in zip(stacked, entries, strict=True):
-                    rows, columns = weight.shape
-                    scale = max(1.0, rows / columns) ** 0.5
-                    weight.add_(direction.t() if wide else direction, alpha=-group["lr"] * scale)
+def learning_rates(settings: OptimizerConfig, width: int) -> dict[str, float]:
+    """Peak learning rate of each role in a model of some width.
+
+    TODO
+    """
+    matrix = settings.matrix_learning_rate
+    if settings.kind != "muon":
+        matrix = settings.adamw_matrix_learning_rate * REFERENCE_WIDTH / width
+    return {
+        "matrix": matrix,
+        "head": settings.head_learning_rate,
+        "embedding": settings.embedding_learning_rate,
+        "scalar": settings.scalar_learning_rate,
+    }
+
+
+def _role(model: Transformer, name: str, parameter: nn.Parameter) -> str:
+    """What a parameter outside the layers' matrices is."""
+    if parameter.ndim < 2:
+        return "scalar"
+    tied = model.config.head == "language_model" and parameter is model.head_weight
+    return "embedding" if name in _EMBEDDINGS and not tied else "head"  # or a projection, pooler, patches: as the head
+
+
+_EMBEDDINGS = ("embedding.weight", "position_embedding.weight", "type_embedding.weight")
+
+
+def iteration_dtype(model: Transformer) -> torch.dtype:
+    """Precision of Muon's iteration: bfloat16 where that is fast; the iteration tolerates it (Jordan et al. 2024)."""
+    if model.compute_dtype == torch.bfloat16 or model.device.type != "cpu":
+        return torch.bfloat16
+    capabilities = torch.cpu.get_capabilities()
+    fast = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+    return torch.bfloat16 if fast else torch.float32
 
 
 def matrix_heights(model: Transformer) -> list[tuple[nn.Parameter, tuple[int, ...]]]:

@@ -20,7 +20,7 @@ from lalia.training.config import LoopConfig, OptimizerConfig
 from lalia.training.guard import StepGuard
 from lalia.training.interruption import Interruption
 from lalia.training.objectives import LossModule, Objective
-from lalia.training.optimizers import Muon, matrix_heights
+from lalia.training.optimizers import make_optimizers
 from lalia.training.parallel.world import World
 from lalia.training.prefetch import Prefetcher
 from lalia.training.schedule import learning_rate_scale
@@ -352,48 +352,6 @@ class Trainer:
             if at < step or (at == step and event.get("event") != "evaluation"):
                 kept.append(line)
         path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-
-
-def make_optimizers(model: Transformer, settings: OptimizerConfig) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the layers, AdamW for the rest; each group remembers its peak learning rate."""
-    matrices = matrix_heights(model)
-    in_layers = {id(p) for p, _ in matrices}
-    rest = [p for p in model.parameters() if id(p) not in in_layers]
-    head = [model.head_weight if model.classifier is None else model.classifier.weight]
-    groups = [
-        {"params": head, "lr": settings.head_learning_rate},
-        {"params": [p for p in rest if p.ndim == 2 and p is not head[0]], "lr": settings.embedding_learning_rate},
-        {"params": [p for p in rest if p.ndim < 2], "lr": settings.scalar_learning_rate},
-    ]
-    optimizers: list[torch.optim.Optimizer] = [
-        Muon(
-            matrices,
-            lr=settings.matrix_learning_rate,
-            momentum=settings.momentum,
-            weight_decay=settings.weight_decay,
-            dtype=iteration_dtype(model),
-        ),
-        torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            betas=settings.betas,
-            eps=1e-10,
-            weight_decay=0.0,
-            fused=True,
-        ),
-    ]
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["peak_lr"] = group["lr"]
-    return optimizers
-
-
-def iteration_dtype(model: Transformer) -> torch.dtype:
-    """Precision of Muon's iteration: bfloat16 where that is fast; the iteration tolerates it (Jordan et al. 2024)."""
-    if model.compute_dtype == torch.bfloat16 or model.embedding.weight.device.type != "cpu":
-        return torch.bfloat16
-    capabilities = torch.cpu.get_capabilities()
-    fast = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
-    return torch.bfloat16 if fast else torch.float32
 
 
 def initialize(model: Transformer, seed: int) -> None:

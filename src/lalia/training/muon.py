@@ -1,0 +1,235 @@
+"""Muon: momentum whose matrix updates are orthogonalized, each matrix by one of the processes that hold a part of it."""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:  # the import takes half a second, which a process that is alone does not need to spend
+    from torch.distributed.device_mesh import DeviceMesh
+
+POLAR_EXPRESS = (
+    (8.156555, -22.483293, 15.878770),
+    (4.042930, -2.808917, 0.500018),
+    (3.891668, -2.772484, 0.506065),
+    (3.285754, -2.368129, 0.464490),
+    (2.346541, -1.709783, 0.423236),
+)
+"""Coefficients of the odd polynomials of each iteration (Amsel et al. 2025, arXiv 2505.16932)."""
+
+
+def orthogonalize(matrices: Tensor, dtype: torch.dtype, iterations: int = 5) -> Tensor:
+    """The nearest semi-orthogonal matrices U V^T of the singular value decompositions, approximately.
+
+    Newton-Schulz iteration with the Polar Express polynomials; singular values end within about 0.7 to 1.2, which
+    is all Muon needs (Jordan et al. 2024).
+
+    Args:
+        matrices: (count, rows, columns) with rows >= columns.
+        dtype: precision of the products.
+        iterations: at most 5.
+
+    Returns:
+        (count, rows, columns) in `dtype`.
+    """
+    norm = torch.linalg.vector_norm(matrices, dim=(1, 2), keepdim=True, dtype=torch.float32)
+    x = (matrices / (norm * 1.01 + 1e-7)).to(dtype)
+    for a, b, c in POLAR_EXPRESS[:iterations]:
+        gram = torch.bmm(x.transpose(1, 2), x)  # (count, columns, columns)
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, x, polynomial, beta=a)
+    return x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose matrix updates are orthogonalized (Jordan et al. 2024), with decoupled weight decay.
+
+    A parameter may hold several matrices stacked along its rows (query, key and value; gate and up) and experts along
+    a dimension of their own; each matrix is orthogonalized by itself, those of one shape as one batch. The update is
+    scaled by sqrt(max(1, rows / columns)), so that its spectral norm suits a (rows, columns) map whatever its size:
+    by the spectral condition of Yang et al. 2023 (arXiv 2310.17813) one learning rate then serves every width.
+
+    Where processes hold parts (DTensors) or copies (plain tensors, along the axes of `mesh`), momentum and weights
+    stay where they are; of the matrices of one shape, each process receives its share whole, orthogonalizes it and
+    sends the parts back (Liu et al. 2025, arXiv 2502.16982). All processes must have gradients for the same parameters.
+
+    Args:
+        matrices: pairs (parameter, heights of the matrices in it), as `matrix_heights` gives them.
+        lr: learning rate of a square matrix.
+        momentum: Nesterov momentum.
+        weight_decay: decoupled, multiplied by lr.
+        dtype: precision of the Newton-Schulz products, and of what is sent.
+        mesh: axes along which plain parameters are equal copies, and DTensors on fewer of them too.
+    """
+
+    def __init__(
+        self,
+        matrices: Iterable[tuple[nn.Parameter, tuple[int, ...]]],
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        dtype: torch.dtype = torch.float32,
+        mesh: "DeviceMesh | None" = None,
+    ) -> None:
+        pairs = list(matrices)
+        super().__init__([p for p, _ in pairs], {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.dtype = dtype
+        self._layouts = {p: _layout(p, heights, mesh) for p, heights in pairs}
+        for p, _ in pairs:  # at once, so that a checkpoint finds where to load it
+            self.state[p]["momentum"] = torch.zeros_like(p)
+
+    @torch.no_grad()
+    def step(self, keep: Tensor | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Update every parameter that has a gradient.
+
+        Args:
+            keep: 0-d, on the parameters' device; where it is 0, nothing changes, whatever the gradients hold. It is
+                never read on the host.
+        """
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            buffers = [local(self.state[p]["momentum"]) for p in params]
+            weights = [local(p) for p in params]
+            grads = [local(p.grad) for p in params]
+            if keep is not None:  # the momentum in a gradient's place leaves the momentum as it is
+                applies = keep > 0
+                grads = [torch.where(applies, g, b) for g, b in zip(grads, buffers, strict=True)]
+            torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+            updates = torch._foreach_lerp(grads, buffers, group["momentum"])
+            if group["weight_decay"]:
+                decay = group["lr"] * group["weight_decay"]
+                torch._foreach_mul_(weights, 1 - decay if keep is None else 1 - decay * keep)
+            self._descend(params, weights, list(updates), group["lr"], keep)
+
+    def _descend(
+        self, params: list[nn.Parameter], weights: list[Tensor], updates: list[Tensor], lr: float, keep: Tensor | None
+    ) -> None:
+        batches: dict[_Kind, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        for p, weight, update in zip(params, weights, updates, strict=True):
+            shape = (-1, *weight.shape[-2:])  # (experts, rows, columns)
+            for kind, rows in self._layouts[p]:
+                batches[kind].append((update.reshape(shape)[:, rows], weight.view(shape)[:, rows]))
+        for kind, entries in batches.items():
+            stack = torch.stack([update.mT if kind.wide else update for update, _ in entries]).to(self.dtype)
+            whole = kind.gather(stack)  # (this process's share of the count, experts, rows, columns)
+            directions = kind.scatter(orthogonalize(whole.flatten(0, 1), self.dtype).view(whole.shape), len(entries))
+            if keep is not None:
+                directions = directions * keep.to(directions.dtype)
+            for direction, (_, weight) in zip(directions, entries, strict=True):
+                weight.add_(direction.mT if kind.wide else direction, alpha=-lr * kind.scale)
+
+
+@dataclass(frozen=True)
+class _Move:
+    """Between dividing dimension `dim` of a stack among the processes of `mesh` (None: copies) and dividing the first.
+
+    `size` is the whole size of that dimension.
+    """
+
+    mesh: "DeviceMesh"
+    dim: int | None
+    size: int
+
+    def there(self, local: Tensor) -> Tensor:
+        return self._redistribute(local, local.shape[0], forth=True)
+
+    def back(self, local: Tensor, count: int) -> Tensor:
+        return self._redistribute(local, count, forth=False)
+
+    def share(self, count: int) -> int:
+        """How many of `count` matrices this process has after the move."""
+        largest = -(-count // self.mesh.size())
+        return max(0, min(largest, count - largest * self.mesh.get_local_rank()))
+
+    def _redistribute(self, local: Tensor, count: int, forth: bool) -> Tensor:
+        from torch.distributed.tensor import DTensor, Replicate, Shard
+
+        shape = [count, *local.shape[1:]]
+        if self.dim is not None:
+            shape[self.dim] = self.size
+        stride = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+        parts, share = (Replicate() if self.dim is None else Shard(self.dim)), Shard(0)
+        source, target = (parts, share) if forth else (share, parts)
+        whole = DTensor.from_local(
+            local.contiguous(), self.mesh, [source], run_check=False, shape=torch.Size(shape), stride=stride
+        )
+        return whole.redistribute(placements=[target]).to_local()
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """Matrices of one shape and layout, which are orthogonalized together; wide ones are turned, so rows >= columns.
+
+    A stack of them is (count, experts, rows, columns).
+    """
+
+    shape: tuple[int, int]
+    wide: bool
+    moves: tuple[_Move, ...]
+
+    @property
+    def scale(self) -> float:
+        return 1.0 if self.wide else (self.shape[0] / self.shape[1]) ** 0.5
+
+    def gather(self, stack: Tensor) -> Tensor:
+        """From this process's part of every matrix to its share of the matrices, whole."""
+        for move in self.moves:
+            stack = move.there(stack)
+        return stack
+
+    def scatter(self, share: Tensor, count: int) -> Tensor:
+        """The way back, to a part of every one of the `count` matrices."""
+        counts = [count]
+        for move in self.moves[:-1]:
+            counts.append(move.share(counts[-1]))
+        for move, whole in zip(reversed(self.moves), reversed(counts), strict=False):
+            share = move.back(share, whole)
+        return share
+
+
+def _layout(parameter: nn.Parameter, heights: tuple[int, ...], mesh: "DeviceMesh | None") -> list[tuple[_Kind, slice]]:
+    """The kind of each matrix in a parameter, and its rows in this process's part of it.
+
+    Where several are stacked, axes that divide the rows divide those of each matrix (`lalia.training.parallel.state`).
+    """
+    own = getattr(parameter, "device_mesh", None)
+    placements = dict(zip(own.mesh_dim_names, parameter.placements, strict=True)) if own is not None else {}  # pyright: ignore[reportAttributeAccessIssue]
+    if mesh is None or not set(placements) <= set(mesh.mesh_dim_names or ()):
+        mesh = own
+    axes: list[tuple["DeviceMesh", int | None]] = []
+    for name in (mesh.mesh_dim_names or ()) if mesh is not None else ():
+        assert mesh is not None
+        dim = getattr(placements.get(name), "dim", None)
+        axes.append((mesh[name], None if dim is None else dim - parameter.ndim + 4))
+    axes = [(axis, dim) for axis, dim in axes if axis.size() > 1]
+    num_experts = parameter.shape[0] if parameter.ndim == 3 else 1
+    result, start = [], 0
+    for height in heights[: len(heights) // num_experts]:
+        columns = parameter.shape[-1]
+        wide = height < columns
+        moves = []
+        for number, (axis, dim) in enumerate(axes):
+            if dim == 1:  # whole experts
+                continue
+            size = {None: 0, 2: height, 3: columns}[dim]
+            for later, other in axes[number + 1 :]:
+                size //= later.size() if other == dim else 1
+            turned = {None: None, 2: 3, 3: 2}[dim] if wide else dim
+            moves.append(_Move(axis, turned, size))
+        here = height // math.prod(axis.size() for axis, dim in axes if dim == 2)
+        shape = (columns, height) if wide else (height, columns)
+        result.append((_Kind(shape, wide, tuple(moves)), slice(start, start + here)))
+        start += here
+    assert start == local(parameter).shape[-2], "the rows of stacked matrices must divide evenly"
+    return result
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a DTensor that this process holds, in the same memory; all of an ordinary tensor."""
+    return tensor.to_local() if hasattr(tensor, "placements") else tensor  # pyright: ignore[reportCallIssue]
