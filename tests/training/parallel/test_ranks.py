@@ -1,0 +1,39 @@
+"""The harness itself: results by rank, and the error of the rank that failed first."""
+
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from lalia.training.parallel.world import ParallelConfig, start
+from tests.training.parallel.ranks import run
+
+
+def _sum(offset: int) -> tuple[int, torch.Tensor]:
+    world = start(ParallelConfig())
+    return world.rank, world.sum(torch.tensor([float(offset + world.rank)]))
+
+
+def _fail() -> None:
+    if dist.get_rank() == 1:
+        raise ValueError("no such luck")
+    dist.barrier()  # waits for a rank that never comes
+
+
+def _sleep() -> None:
+    time.sleep(60)
+
+
+def test_results_by_rank() -> None:
+    assert run(_sum, 2, 10) == [(0, torch.tensor([21.0])), (1, torch.tensor([21.0]))]
+
+
+def test_first_failure_is_shown() -> None:
+    with pytest.raises(AssertionError, match=r"(?s)rank 1 of 2 failed first.*no such luck"):
+        run(_fail, 2)
+
+
+def test_bounded() -> None:
+    with pytest.raises(AssertionError, match=r"ranks \[0\] of 1 did not end within 1.5 s"):
+        run(_sleep, 1, timeout_seconds=1.5)
