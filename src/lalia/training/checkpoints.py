@@ -278,12 +278,11 @@ def read_model(folder: Path, prefix: str = "model.") -> dict[str, Tensor]:
     for name, part in parts.items():
         whole, _, number = name.removeprefix(prefix).partition("/")
         stacks.setdefault(whole, {})[int(number or 0)] = part.local
-    return {
-        name: torch.cat([stack[i] for i in sorted(stack)], dim=max(stack[0].ndim - 2, 0))
-        if len(stack) > 1
-        else stack[0]
-        for name, stack in stacks.items()
-    }
+    return {name: _joined([stack[number] for number in sorted(stack)]) for name, stack in stacks.items()}
+
+
+def _joined(pieces: list[Tensor]) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=max(pieces[0].ndim - 2, 0))
 
 
 def _receipt_or_damage(folder: Path) -> dict[str, Any] | str:
