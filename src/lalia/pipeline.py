@@ -234,7 +234,12 @@ def _refuse_foreign_folder(target: Path, stage: Stage) -> None:
 def _put_in_place(run: Run, stage: Stage, receipt: dict[str, Any]) -> dict[str, Any]:
     partial = _partial(run, stage)
     # Checkpoints go only now that the receipt is written: until then a killed stage continues from them.
-    for leftover in (partial / STARTED, partial / ".seconds", *partial.glob("step-*"), *partial.glob(".step-*")):
+    for checkpoint in (*partial.glob("step-*"), *partial.glob(".step-*")):
+        if checkpoint.is_dir():
+            shutil.rmtree(checkpoint)
+        else:  # of a version that kept each in two files
+            checkpoint.unlink()
+    for leftover in (partial / STARTED, partial / ".seconds"):
         leftover.unlink(missing_ok=True)
     replace_directory(partial, run.path(stage.name))
     run.progress.record("stage_end", stage=stage.name, seconds=receipt["seconds"])

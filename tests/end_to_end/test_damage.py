@@ -158,7 +158,7 @@ def interrupted(main: Main, corpus: Path, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def checkpoints(run: Path) -> list[Path]:
-    return sorted((run / ".base.partial").glob("step-*.safetensors"))
+    return sorted((run / ".base.partial").glob("step-*/*.safetensors"))
 
 
 def test_an_interrupted_run_continues(main: Main, interrupted: list[str]) -> None:
@@ -210,7 +210,7 @@ def test_damaged_checkpoints_do_not_outlive_new_ones(
 
     monkeypatch.setattr(Trainer, "_train_step", stop_at_5)
     assert main(*interrupted).code == 130
-    assert [path.stem for path in checkpoints(tmp_path / "run")] == ["step-00000004", "step-00000005"]
+    assert [path.parent.name for path in checkpoints(tmp_path / "run")] == ["step-00000004", "step-00000005"]
 
 
 def test_an_interrupted_run_with_another_setting_says_what_changed(main: Main, interrupted: list[str]) -> None:

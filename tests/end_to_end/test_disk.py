@@ -159,14 +159,18 @@ def test_ctrl_c_stops_with_a_message_and_keeps_the_checkpoint(corpus: Path, tmp_
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 300  # only against hanging: a busy machine may take long
-    while not list(run.glob(".base.partial/step-*.json")) and process.poll() is None and time.monotonic() < deadline:
+    while (
+        not list(run.glob(".base.partial/step-*/checkpoint.json"))
+        and process.poll() is None
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=300)
     assert process.returncode == 130
     assert said.endswith("lalia: stopped; the same command continues where it left off\n")
     assert "Traceback" not in said
-    assert list(run.glob(".base.partial/step-*.json"))
+    assert list(run.glob(".base.partial/step-*/checkpoint.json"))
 
 
 def test_ctrl_c_while_generating(main: Main, finished_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,6 @@ import torch
 from lalia.data.loader import Batch
 from lalia.errors import UserError
 from lalia.model.transformer import Transformer
-from lalia.training.checkpoints import load_newest
 from lalia.training.objectives import Metrics, next_token
 from lalia.training.trainer import Trainer
 from tests.training.conftest import RandomBatches, make_trainer, tiny_model
@@ -83,8 +82,15 @@ def test_forgotten_momentum_would_show(tmp_path: Path, trained: dict[str, torch.
     with pytest.raises(Killed):
         make_trainer(tmp_path, batches=DyingBatches(5), checkpoint_seconds=0.0).train()
     resumed = make_trainer(tmp_path)
-    for optimizer in resumed.optimizers:
-        optimizer.load_state_dict = lambda state: None  # type: ignore[method-assign]
+    load = resumed.checkpoints.load
+
+    def load_and_forget(tensors: dict[str, torch.Tensor]) -> Any:
+        loaded = load(tensors)
+        for optimizer in resumed.optimizers:
+            optimizer.state.clear()
+        return loaded
+
+    resumed.checkpoints.load = load_and_forget  # type: ignore[method-assign]
     resumed.train()
     assert largest_difference(weights(resumed), trained) > 1e-4
 
@@ -92,7 +98,7 @@ def test_forgotten_momentum_would_show(tmp_path: Path, trained: dict[str, torch.
 def test_damaged_newest_checkpoint_falls_back(tmp_path: Path, trained: dict[str, torch.Tensor]) -> None:
     with pytest.raises(Killed):
         make_trainer(tmp_path, batches=DyingBatches(6), checkpoint_seconds=0.0).train()
-    newest = max(tmp_path.glob("step-*.safetensors"))
+    newest = max(tmp_path.glob("step-*/*.safetensors"))
     newest.write_bytes(newest.read_bytes()[:-100])
     said: list[str] = []
     trainer = make_trainer(tmp_path)
@@ -140,9 +146,7 @@ def test_hopeless_loss_stops_with_the_last_good_checkpoint(tmp_path: Path) -> No
     trainer = make_trainer(tmp_path, steps=100, objective=objective)
     with pytest.raises(UserError, match="20 steps in a row"):
         trainer.train()
-    kept = load_newest(tmp_path, "test", trainer.progress)
-    assert kept is not None
-    assert kept.step == 1
+    assert [path.name for path in tmp_path.glob("step-*")] == ["step-00000001"]
 
 
 def test_training_learns_what_repeats(tmp_path: Path) -> None:

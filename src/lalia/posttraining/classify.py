@@ -3,6 +3,7 @@
 import csv
 import json
 import random
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -202,7 +203,7 @@ def _train(
     ids = {name: i for name in ("pad_token_id",) if (i := getattr(tokenizer, name)) is not None}
     save_model(model, out, ids)
     for checkpoint in out.glob("step-*"):
-        checkpoint.unlink()
+        shutil.rmtree(checkpoint)
     return results
 
 

@@ -15,7 +15,7 @@ from lalia.errors import UserError
 from lalia.model.transformer import Transformer
 from lalia.progress import Progress
 from lalia.training.averaging import WeightAverage
-from lalia.training.checkpoints import Checkpoint, load_newest, save_checkpoint
+from lalia.training.checkpoints import Checkpoints
 from lalia.training.config import LoopConfig, OptimizerConfig
 from lalia.training.guard import StepGuard
 from lalia.training.interruption import Interruption
@@ -80,6 +80,7 @@ class Trainer:
         self.optimizers = make_optimizers(model, optimizer)
         self.average = WeightAverage(model, self.loop.average_decay) if self.loop.average_decay else None
         self.guard = StepGuard(self.loop.spike_deviations, self.world.device)
+        self.checkpoints = Checkpoints(folder, run_fingerprint, self.world, progress)
         self.step = 0
         self.seconds = 0.0
         """Time spent on optimizer steps, evaluations and checkpoints excluded."""
@@ -98,12 +99,15 @@ class Trainer:
             UserError: if bad steps go on after going back; the last good checkpoint remains.
             KeyboardInterrupt, SystemExit: after Ctrl-C or SIGTERM, when everything is saved.
         """
-        self._resume()
-        self.model.train()
-        with Interruption() as interruption:
-            while self.step < self.num_steps:
-                self._run(interruption)
-        self.save()  # before the last evaluation, so that nothing of the training can be lost
+        try:
+            self._resume()
+            self.model.train()
+            with Interruption() as interruption:
+                while self.step < self.num_steps:
+                    self._run(interruption)
+            self.save()  # before the last evaluation, so that nothing of the training can be lost
+        finally:
+            self.checkpoints.wait()  # whoever goes on in this folder finds nothing being written
         if self.average is not None:
             self.average.apply()
         self._evaluate()
@@ -290,6 +294,15 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint of everything that the remaining steps depend on."""
+        meta = {
+            "seconds": self.seconds,
+            "tokens": self.tokens + round(float(self._sums.get("weight", 0.0))),
+            "rewinds": self.rewinds,
+            "passed_over": self.passed_over,
+        }
+        self.checkpoints.save(self.step, self._state(), meta)
+
+    def _state(self) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {f"model.{key}": value for key, value in self.model.state_dict().items()}
         for index, optimizer in enumerate(self.optimizers):
             for number, state in optimizer.state_dict()["state"].items():
@@ -298,14 +311,7 @@ class Trainer:
         tensors |= self.guard.state()
         if self.average is not None:
             tensors |= {f"average.{name}": value for name, value in self.average.averages.items()}
-        meta = {
-            "run_fingerprint": self.run_fingerprint,
-            "seconds": self.seconds,
-            "tokens": self.tokens + round(float(self._sums.get("weight", 0.0))),
-            "rewinds": self.rewinds,
-            "passed_over": self.passed_over,
-        }
-        save_checkpoint(self.folder, Checkpoint(self.step, tensors, meta))
+        return tensors
 
     def _resume(self) -> None:
         found = self._load()
@@ -315,27 +321,28 @@ class Trainer:
 
     def _load(self) -> bool:
         """Take everything from the newest checkpoint; False if there is none."""
-        checkpoint = load_newest(self.folder, self.run_fingerprint, self.progress)
-        if checkpoint is None:
+        fresh = not any(optimizer.state for optimizer in self.optimizers)
+        if fresh and any(self.folder.glob("step-*")):
+            self._make_optimizer_state()
+        loaded = self.checkpoints.load(self._state())
+        if loaded is None:
+            for optimizer in self.optimizers if fresh else ():
+                optimizer.state.clear()
             return False
-        weights = {k.removeprefix("model."): v for k, v in checkpoint.tensors.items() if k.startswith("model.")}
-        self.model.load_state_dict(weights)
-        for index, optimizer in enumerate(self.optimizers):
-            state: dict[int, dict[str, Tensor]] = {}
-            for key, value in checkpoint.tensors.items():
-                if key.startswith(f"optimizer.{index}."):
-                    _, _, number, name = key.split(".")
-                    state.setdefault(int(number), {})[name] = value
-            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-        for key, value in self.guard.state().items():
-            value.copy_(checkpoint.tensors[key])
-        if self.average is not None:
-            for name, value in self.average.averages.items():
-                value.copy_(checkpoint.tensors[f"average.{name}"])
-        self.step = checkpoint.step
-        self.seconds, self.tokens = checkpoint.meta["seconds"], checkpoint.meta["tokens"]
-        self.rewinds, self.passed_over = checkpoint.meta["rewinds"], checkpoint.meta["passed_over"]
+        self.step, meta = loaded
+        self.seconds, self.tokens = meta["seconds"], meta["tokens"]
+        self.rewinds, self.passed_over = meta["rewinds"], meta["passed_over"]
         return True
+
+    def _make_optimizer_state(self) -> None:
+        """Give the optimizers the state that they make in their first step, to be filled."""
+        for parameter in self.model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = 0.0
+            optimizer.step()
+        self.model.zero_grad(set_to_none=True)
 
     def _truncate_metrics(self, step: int) -> None:
         """Drop log lines of steps that will be run again."""
