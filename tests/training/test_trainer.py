@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -87,7 +88,9 @@ def test_forgotten_momentum_would_show(tmp_path: Path, trained: dict[str, torch.
     def load_and_forget(tensors: dict[str, torch.Tensor]) -> Any:
         loaded = load(tensors)
         for optimizer in resumed.optimizers:
-            optimizer.state.clear()
+            for state in optimizer.state.values():
+                for value in state.values():
+                    value.zero_()
         return loaded
 
     resumed.checkpoints.load = load_and_forget  # type: ignore[method-assign]

@@ -26,6 +26,7 @@ from lalia.tokenizer.bpe import Tokenizer
 from lalia.tokenizer.chat import render_with_mask
 from lalia.training.config import TrainingConfig, parse_budget
 from lalia.training.objectives import next_token
+from lalia.training.parallel.world import start
 from lalia.training.pretrain import DTYPES, Evaluation, evenly_spaced, save_trained
 from lalia.training.trainer import Trainer
 
@@ -63,7 +64,9 @@ def finetune(
         what happened: conversations by kind, steps, tokens, seconds, bits per byte on held-out text.
     """
     values = {name: entry["value"] for name, entry in plan["values"].items()}
-    use_threads(values["threads"])
+    world = start(pretraining.parallel, pretraining.timeout_seconds)
+    if world.size == 1:
+        use_threads(values["threads"])
     length, batch_size = values["sequence_length"], values["batch_size"]
     steps = num_steps(config, plan["predicted"]["seconds_per_step"])
     tokenizer = Tokenizer.load(tokens / "tokenizer")
@@ -75,7 +78,7 @@ def finetune(
         counts["longer than the context, left out"] = len(encoded) - len(fitting)
         encoded = fitting
     progress.say(f"{len(encoded):,} conversations: " + ", ".join(f"{n:,} {kind}" for kind, n in counts.items()))
-    model = load_model(base).requires_grad_(True)
+    model = load_model(base).requires_grad_(True).to(world.device)
     model.compute_dtype = DTYPES[values["precision"]]
     batches = Mixture(
         PackedConversations(encoded, length, batch_size, config.seed),
@@ -93,6 +96,7 @@ def finetune(
         run_fingerprint,
         progress,
         config,
+        world,
         evaluate=evaluate,
         evaluation_steps=evenly_spaced(steps, config.evaluations),
     )
@@ -102,7 +106,7 @@ def finetune(
         "conversations": counts,
         "peak_memory_bytes": peak_memory_bytes(),
     }
-    save_trained(model, tokenizer, out, chat=True)
+    save_trained(model, tokenizer, out, world, chat=True)
     return happened
 
 

@@ -116,7 +116,9 @@ class AdamW8bit(torch.optim.Optimizer):
                 first = self._load(state, "exp_avg").lerp(p.grad, 1 - beta1)
                 second = self._load(state, "exp_avg_sq").lerp(p.grad.square(), 1 - beta2)
                 divisor = (second / (1 - beta2**count)).sqrt() + EPS
-                updated = p * (1 - group["lr"] * group["weight_decay"]) - group["lr"] / (1 - beta1**count) * first / divisor
+                updated = (
+                    p * (1 - group["lr"] * group["weight_decay"]) - group["lr"] / (1 - beta1**count) * first / divisor
+                )
                 p.copy_(torch.where(applies, updated, p))
                 self._store(state, "exp_avg", first, applies)
                 self._store(state, "exp_avg_sq", second, applies)
@@ -144,7 +146,9 @@ class _Codec:
         try:
             from torchao.optim import quant_utils
         except ImportError:
-            raise UserError("optimizer.kind = 'adamw8bit' needs torchao; install it: pip install 'lalia[lowbit]'") from None
+            raise UserError(
+                "optimizer.kind = 'adamw8bit' needs torchao; install it: pip install 'lalia[lowbit]'"
+            ) from None
         self._utils = quant_utils
         self._maps = {signed: torch.tensor(quant_utils.create_dynamic_map(signed)) for signed in (True, False)}
 

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from lalia.training.parallel.state import local
+
 
 class WeightAverage:
     """Keeps average = decay * average + (1 - decay) * weights; early on, decay is (1 + step) / (10 + step) if smaller.
@@ -23,7 +25,7 @@ class WeightAverage:
         """Take in the weights after a step (from 0); `keep` 0 leaves the average as it is."""
         weight = (1.0 - min(self.decay, (1 + step) / (10 + step))) * keep
         for name, average in self.averages.items():
-            average.lerp_(self.parameters[name].detach(), weight)
+            local(average).lerp_(local(self.parameters[name].detach()), weight)
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:

@@ -38,7 +38,8 @@ def bits_per_byte(
     def flush() -> None:
         nonlocal nats
         if inputs:
-            total, _, _ = cross_entropy(model, model(torch.tensor(inputs)), torch.tensor(labels))
+            hidden = model(torch.tensor(inputs, device=model.device))
+            total, _, _ = cross_entropy(model, hidden, torch.tensor(labels, device=model.device))
             nats += float(total)
             inputs.clear()
             labels.clear()

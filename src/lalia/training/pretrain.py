@@ -17,6 +17,8 @@ from lalia.tokenizer.bpe import Tokenizer
 from lalia.training.bits_per_byte import bits_per_byte
 from lalia.training.config import TrainingConfig
 from lalia.training.objectives import next_token
+from lalia.training.parallel.state import full_state
+from lalia.training.parallel.world import World, start
 from lalia.training.sample import sample_text
 from lalia.training.schedule import BatchSchedule
 from lalia.training.trainer import Trainer, initialize
@@ -41,11 +43,13 @@ def pretrain(
         what happened: steps, tokens, seconds, tokens per second, bits per byte, peak memory.
     """
     values = {name: entry["value"] for name, entry in plan["values"].items()}
-    use_threads(values["threads"])
+    world = start(config.parallel, config.timeout_seconds)
+    if world.size == 1:  # otherwise whoever started the processes said how many threads each has
+        use_threads(values["threads"])
     tokenizer = Tokenizer.load(tokens / "tokenizer")
     model = Transformer(ModelConfig.parse(plan["model"], "plan.json"))
     initialize(model, config.seed)
-    model.compute_dtype = DTYPES[values["precision"]]
+    model.to(world.device).compute_dtype = DTYPES[values["precision"]]
     steps, length, rows = values["steps"], values["sequence_length"], values["batch_size"]
     packed = PackedBatches(TokenShards.open(tokens, "train", verify=True), length, rows, config.seed)
     schedule = BatchSchedule(rows, length, steps, config.batch_stages, config.sequence_stages)
@@ -60,12 +64,13 @@ def pretrain(
         run_fingerprint,
         progress,
         config,
+        world,
         evaluate=evaluate,
         evaluation_steps=evenly_spaced(steps, config.evaluations),
     )
     happened = trainer.train()
     happened |= {"bits_per_byte": evaluate.last, "peak_memory_bytes": peak_memory_bytes(), "packing": packed.report()}
-    save_trained(model, tokenizer, out, chat=False)
+    save_trained(model, tokenizer, out, world, chat=False)
     return happened
 
 
@@ -84,11 +89,16 @@ def evenly_spaced(steps: int, count: int) -> frozenset[int]:
     return frozenset(round(steps * (i + 1) / (count + 1)) for i in range(count)) - {0, steps}
 
 
-def save_trained(model: Transformer, tokenizer: Tokenizer, out: Path, chat: bool) -> None:
-    """Write the model folder; the checkpoints that led to it stay until the stage is complete."""
-    model.compute_dtype = torch.float32
+def save_trained(model: Transformer, tokenizer: Tokenizer, out: Path, world: World, chat: bool) -> None:
+    """Write the model folder, from whatever layout; the checkpoints that led to it stay until the stage is complete."""
+    weights = full_state(model)
+    if not world.is_main:
+        return
+    with torch.device("meta"):
+        whole = Transformer(model.config)
+    whole.load_state_dict(weights, assign=True)
     eos_ids = [tokenizer.turn_end_id, tokenizer.end_of_text_id] if chat else [tokenizer.end_of_text_id]
-    save_model(model, out, {"eos_token_id": eos_ids, "bos_token_id": tokenizer.end_of_text_id})
+    save_model(whole, out, {"eos_token_id": eos_ids, "bos_token_id": tokenizer.end_of_text_id})
     tokenizer.save(out, max_length=model.config.max_position_embeddings, chat=chat)
 
 

@@ -1,8 +1,7 @@
-"""A text from a model in training: plain sampling with a cache, enough to see whether it learns."""
+"""A text from a model in training: plain sampling, enough to see whether it learns."""
 
 import torch
 
-from lalia.model.cache import KVCache
 from lalia.model.transformer import Transformer
 from lalia.tokenizer.bpe import Tokenizer
 
@@ -12,12 +11,11 @@ def sample_text(model: Transformer, tokenizer: Tokenizer, max_tokens: int, seed:
     """Sample from the start of a document until its end or `max_tokens`; the seed alone decides the randomness."""
     generator = torch.Generator().manual_seed(seed)
     limit = min(max_tokens, model.config.max_position_embeddings - 1)
-    cache = KVCache(model.config, 1, limit + 1, model.compute_dtype)
     ids = [tokenizer.end_of_text_id]
     for _ in range(limit):
-        hidden = model(torch.tensor([ids[-1:]]), cache=cache)
-        cache.lengths[0] += 1
-        probabilities = torch.softmax(model.logits(hidden[0, -1]).float() / temperature, -1)
+        # Without a cache: for a few tokens it saves little, and a model that several processes share has no such.
+        hidden = model(torch.tensor([ids], device=model.device))
+        probabilities = torch.softmax(model.logits(hidden[0, -1]).float().cpu() / temperature, -1)
         token = int(torch.multinomial(probabilities, 1, generator=generator))
         if token == tokenizer.end_of_text_id:
             break

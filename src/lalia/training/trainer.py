@@ -21,6 +21,10 @@ from lalia.training.guard import StepGuard
 from lalia.training.interruption import Interruption
 from lalia.training.objectives import LossModule, Objective
 from lalia.training.optimizers import make_optimizers
+from lalia.training.parallel.apply import GradientSync, gradient_norm, parallelize
+from lalia.training.parallel.context import shard_batch
+from lalia.training.parallel.heartbeat import Heartbeat, is_communication_failure
+from lalia.training.parallel.state import local, pieces, saved_state
 from lalia.training.parallel.world import World
 from lalia.training.prefetch import Prefetcher
 from lalia.training.schedule import learning_rate_scale
@@ -76,10 +80,17 @@ class Trainer:
         self.world = world or World.alone(model.device)
         self.evaluate, self.evaluation_steps = evaluate, evaluation_steps
         self.unit = unit
-        self.loss = LossModule(model, objective)
-        self.optimizers = make_optimizers(model, optimizer)
+        parallelize(model, self.world)
+        self.sync = GradientSync(LossModule(model, objective), self.world)
+        self.optimizers = make_optimizers(model, optimizer, self.world.weights)
         self.average = WeightAverage(model, self.loop.average_decay) if self.loop.average_decay else None
         self.guard = StepGuard(self.loop.spike_deviations, self.world.device)
+        milestones = {round(num_steps * (i + 1) / (self.loop.milestones + 1)) for i in range(self.loop.milestones)}
+        self.milestones = frozenset(milestones) - {0, num_steps}
+        self.checkpoints = Checkpoints(
+            folder, run_fingerprint, self.world, progress, self.loop.keep_checkpoints, self.milestones
+        )
+        self.heartbeat = Heartbeat(self.world)
         self.checkpoints = Checkpoints(folder, run_fingerprint, self.world, progress)
         self.step = 0
         self.seconds = 0.0
@@ -96,21 +107,20 @@ class Trainer:
         """Run the remaining steps; returns what happened (steps, tokens, seconds, ...).
 
         Raises:
-            UserError: if bad steps go on after going back; the last good checkpoint remains.
+            UserError: if bad steps go on after going back, or another process does not answer; the last good
+                checkpoint remains.
             KeyboardInterrupt, SystemExit: after Ctrl-C or SIGTERM, when everything is saved.
         """
         try:
-            self._resume()
-            self.model.train()
-            with Interruption() as interruption:
-                while self.step < self.num_steps:
-                    self._run(interruption)
-            self.save()  # before the last evaluation, so that nothing of the training can be lost
-        finally:
+            self._train()
+        except (RuntimeError, OSError) as error:
+            if self.world.size > 1 and is_communication_failure(error):
+                raise self.heartbeat.explain(error) from error
+            self.checkpoints.wait()
+            raise
+        except BaseException:
             self.checkpoints.wait()  # whoever goes on in this folder finds nothing being written
-        if self.average is not None:
-            self.average.apply()
-        self._evaluate()
+            raise
         return {
             "steps": self.step,
             "tokens": self.tokens,
@@ -119,6 +129,18 @@ class Trainer:
             "skipped_steps": self.skipped,
             "rewinds": self.rewinds,
         }
+
+    def _train(self) -> None:
+        self._resume()
+        self.model.train()
+        with Interruption() as interruption:
+            while self.step < self.num_steps:
+                self._run(interruption)
+        self.save()  # before the last evaluation, so that nothing of the training can be lost
+        self.checkpoints.wait()
+        if self.average is not None:
+            self.average.apply()
+        self._evaluate()
 
     @property
     def skipped(self) -> int:
@@ -140,7 +162,10 @@ class Trainer:
                     self.save()
                     self._evaluate(averaged=True)
                     saved_at = self._began = time.perf_counter()
-                self._train_step(ahead.take())
+                self.heartbeat.beat(self.step, "waiting for its batch")
+                batch = ahead.take()
+                self.heartbeat.beat(self.step, "computing")
+                self._train_step(batch)
                 self.step += 1
                 if self.step % self._log_every == 0 or self.step == self.num_steps:
                     self._pause()
@@ -150,7 +175,7 @@ class Trainer:
                     return
                 due = time.perf_counter() - saved_at > self.loop.checkpoint_seconds
                 stopped, due = self.world.agree(interruption.received is not None, due)
-                if (stopped or due) and self.step < self.num_steps:
+                if (stopped or due or self.step in self.milestones) and self.step < self.num_steps:
                     self._pause()
                     self.save()
                     saved_at = self._began = time.perf_counter()
@@ -186,7 +211,7 @@ class Trainer:
         if ranks > 1:
             share = len(batch.tokens) // ranks
             batch = batch.rows(self.world.data_rank * share, (self.world.data_rank + 1) * share)
-        return batch
+        return shard_batch(batch, self.world)
 
     def _train_step(self, batch: Batch) -> None:
         """One optimizer step, without waiting for the device."""
@@ -199,23 +224,24 @@ class Trainer:
             self.settings.schedule,
         )
         sums: dict[str, Tensor] = {}
-        for part in batch.split(self.loop.micro_batch_size):
-            loss, weight, metrics = self.loss(part.to(self.world.device))
-            loss.backward()
+        parts = batch.split(self.loop.micro_batch_size)
+        for number, part in enumerate(parts):
+            with self.sync(last=number == len(parts) - 1):
+                loss, weight, metrics = self.sync.module(part.to(self.world.device))
+                loss.backward()
             for key, value in {"loss": loss.detach(), "weight": weight, **metrics}.items():
                 sums[key] = sums.get(key, 0.0) + value.double()
         totals = self.world.sum(torch.stack(list(sums.values())))
         sums = dict(zip(sums, totals.unbind(), strict=True))
         weight = sums["weight"].clamp(min=1.0)
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients) / weight
+        gradients = [local(p.grad) for p in self.model.parameters() if p.grad is not None]
+        norm = gradient_norm(self.model, self.world) / weight
         keep = self.guard.judge(sums["loss"] / weight, norm) * (sums["weight"] > 0)
         _scale(gradients, ((self.settings.gradient_clip / (norm + 1e-12)).clamp(max=1.0) / weight).float())
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * scale
-            if float(keep):
-                optimizer.step()
+            optimizer.step(keep)
         if self.average is not None:
             self.average.update(self.step, keep)
         self.model.zero_grad(set_to_none=True)
@@ -293,25 +319,23 @@ class Trainer:
                 self.progress.say(f"    {key}: {value!r}")
 
     def save(self) -> None:
-        """Write a checkpoint of everything that the remaining steps depend on."""
+        """Write a checkpoint of everything that the remaining steps depend on, beside the training."""
         meta = {
             "seconds": self.seconds,
             "tokens": self.tokens + round(float(self._sums.get("weight", 0.0))),
             "rewinds": self.rewinds,
             "passed_over": self.passed_over,
         }
+        self.heartbeat.beat(self.step, "saving")
         self.checkpoints.save(self.step, self._state(), meta)
 
     def _state(self) -> dict[str, Tensor]:
-        tensors: dict[str, Tensor] = {f"model.{key}": value for key, value in self.model.state_dict().items()}
-        for index, optimizer in enumerate(self.optimizers):
-            for number, state in optimizer.state_dict()["state"].items():
-                for key, value in state.items():
-                    tensors[f"optimizer.{index}.{number}.{key}"] = value
-        tensors |= self.guard.state()
+        state = saved_state(self.model, self.optimizers) | self.guard.state()
         if self.average is not None:
-            tensors |= {f"average.{name}": value for name, value in self.average.averages.items()}
-        return tensors
+            for name, value in self.average.averages.items():
+                for number, part in enumerate(pieces(self.model.config, name, value)):
+                    state[f"average.{name}/{number}"] = part
+        return state
 
     def _resume(self) -> None:
         found = self._load()
@@ -321,28 +345,13 @@ class Trainer:
 
     def _load(self) -> bool:
         """Take everything from the newest checkpoint; False if there is none."""
-        fresh = not any(optimizer.state for optimizer in self.optimizers)
-        if fresh and any(self.folder.glob("step-*")):
-            self._make_optimizer_state()
-        loaded = self.checkpoints.load(self._state())
-        if loaded is None:
-            for optimizer in self.optimizers if fresh else ():
-                optimizer.state.clear()
+        found = self.checkpoints.load(self._state())
+        if found is None:
             return False
-        self.step, meta = loaded
+        self.step, meta = found
         self.seconds, self.tokens = meta["seconds"], meta["tokens"]
         self.rewinds, self.passed_over = meta["rewinds"], meta["passed_over"]
         return True
-
-    def _make_optimizer_state(self) -> None:
-        """Give the optimizers the state that they make in their first step, to be filled."""
-        for parameter in self.model.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = 0.0
-            optimizer.step()
-        self.model.zero_grad(set_to_none=True)
 
     def _truncate_metrics(self, step: int) -> None:
         """Drop log lines of steps that will be run again."""

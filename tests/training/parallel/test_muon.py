@@ -64,7 +64,9 @@ def _compare(layout: ParallelConfig) -> tuple[dict[str, float], int]:
                 continue
             # An axis that divides the rows divides those of each piece.
             pieces = tensor.split(MATRICES[name][1]) if dim == 0 and tensor.ndim == 2 else (tensor,)
-            tensor = torch.cat([piece.chunk(mesh[axis].size(), dim)[mesh[axis].get_local_rank()] for piece in pieces], dim)
+            tensor = torch.cat(
+                [piece.chunk(mesh[axis].size(), dim)[mesh[axis].get_local_rank()] for piece in pieces], dim
+            )
             placements.append(Shard(dim))
         if all(placement.is_replicate() for placement in placements):
             return tensor

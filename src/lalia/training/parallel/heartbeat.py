@@ -45,8 +45,8 @@ class Heartbeat:
         )
         rank, silent, step, place = places[0]
         return UserError(
-            f"process {self.world.rank} waited in vain for the others. Behind all others is process {rank}: step {step}, "
-            f"{place}, silent for {silent:.0f} s. ({listed}.) Look at that process and its machine; torchrun "
+            f"process {self.world.rank} waited in vain for the others. Behind all others is process {rank}: step "
+            f"{step}, {place}, silent for {silent:.0f} s. ({listed}.) Look at that process and its machine; torchrun "
             "--max-restarts starts all of them again from the last checkpoint; pretrain.timeout_seconds is how long "
             f"they wait. The cause as it was reported: {str(error).splitlines()[0][:300]}"
         )
