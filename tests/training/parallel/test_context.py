@@ -1,6 +1,7 @@
 """Rows divided among ranks: losses and gradients are those of one process, whatever rows, layers and layout."""
 
 from collections.abc import Callable
+import itertools
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -225,7 +226,7 @@ def columns(rank: int, ranks: int) -> list[int]:
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_all_ranks_have_the_same_work(ranks: int) -> None:
     taken = [columns(rank, ranks) for rank in range(ranks)]
-    assert sorted(sum(taken, [])) == list(range(LENGTH))
+    assert sorted(itertools.chain.from_iterable(taken)) == list(range(LENGTH))
     assert len({sum(own) for own in taken}) == 1  # a token sees the keys up to its own column
 
 

@@ -58,7 +58,7 @@ class LossModule(nn.Module):
         self.model, self.mean = model, mean
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        loss, weight = next_token(self.model, batch)
+        loss, weight, _ = next_token(self.model, batch)
         weight = torch.as_tensor(weight)
         return (loss / weight.clamp_min(1), torch.ones_like(weight)) if self.mean else (loss, weight)
 

@@ -103,8 +103,7 @@ def start(config: ParallelConfig, timeout_seconds: float = 600.0) -> World:
     if cuda:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        # Checkpoints and messages go between CPUs, beside what NCCL does.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_seconds))
+        _join("cpu:gloo,cuda:nccl" if cuda else "gloo", timedelta(seconds=timeout_seconds))
     replicate, shard, context, tensor = layout.replicate, layout.shard, layout.context, layout.tensor
     assert replicate is not None
     mesh = init_device_mesh(device.type, (replicate, shard, context, tensor), mesh_dim_names=AXES)
@@ -116,3 +115,16 @@ def start(config: ParallelConfig, timeout_seconds: float = 600.0) -> World:
         ranks = torch.arange(size).view(-1, layout.expert, context).transpose(1, 2).reshape(-1, layout.expert)
         experts = DeviceMesh(device.type, ranks, mesh_dim_names=("copies", "expert"))
     return World(layout, device, dist.get_rank(), size, mesh, weights, experts)
+
+
+def _join(backend: str, timeout: timedelta) -> None:
+    """Form the process group once all are there: they may start minutes apart, on a `timeout` of seconds."""
+    store, rank, size = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
+    store.set(f"lalia/here/{rank}", "")
+    store.wait([f"lalia/here/{other}" for other in range(size)], JOIN_TIMEOUT)
+    # Checkpoints and messages go between CPUs, beside what NCCL does.
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+
+
+JOIN_TIMEOUT = timedelta(minutes=10)
+"""Longest wait for the other processes to start."""

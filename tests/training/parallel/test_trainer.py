@@ -1,0 +1,105 @@
+"""The whole Trainer in several processes: the weights of one process, and a run that changes its layout on the way."""
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lalia.data.loader import Batch
+from lalia.training.config import LoopConfig
+from lalia.training.parallel.layout import ParallelConfig
+from lalia.training.parallel.state import full_state
+from lalia.training.parallel.world import start
+from tests.training.conftest import RandomBatches, make_trainer, tiny_model
+from tests.training.parallel.ranks import run
+
+STEPS = 9
+TOLERANCE = 2e-5
+
+
+class Stopping(RandomBatches):
+    """Eight rows; fails when asked for a step, and remembers what it was asked for."""
+
+    def __init__(self, stop_at: int | None) -> None:
+        super().__init__(rows=8)
+        self.stop_at = stop_at
+        self.asked: list[int] = []
+
+    def batch(self, step: int) -> Batch:
+        if step == self.stop_at:
+            raise InterruptedError
+        self.asked.append(step)
+        return super().batch(step)
+
+
+def train(folder: str, layout: dict[str, int], stop_at: int | None = None, **loop: Any) -> dict[str, Any]:
+    """Train (on) in this layout; the whole weights, and which batches this process took."""
+    world = start(ParallelConfig(**layout))
+    path = Path(folder)
+    batches = Stopping(stop_at)
+    values: dict[str, Any] = {"average_decay": 0.5, "checkpoint_seconds": 0.0, "spike_deviations": 3.0, **loop}
+    trainer = make_trainer(path, STEPS, model=tiny_model(), batches=batches, world=world, loop=LoopConfig(**values))
+    if not world.is_main:
+        trainer.progress.log_path = None
+    with contextlib.suppress(InterruptedError):
+        trainer.train()
+    return {"weights": full_state(trainer.model), "asked": batches.asked, "tokens": trainer.tokens}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return train(str(tmp_path_factory.mktemp("alone")), {})
+
+
+def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+def train_all(folder: str, layouts: list[tuple[dict[str, int], dict[str, Any]]]) -> list[dict[str, Any]]:
+    ends = []
+    for number, (layout, loop) in enumerate(layouts):
+        path = Path(folder, str(number))
+        path.mkdir(exist_ok=True)
+        ends.append(train(str(path), layout, **loop))
+    return ends
+
+
+TWO: list[tuple[dict[str, int], dict[str, Any]]] = [
+    ({"replicate": 2}, {}),
+    ({"replicate": 2}, {"micro_batch_size": 3}),
+    ({"shard": 2}, {"micro_batch_size": 2}),
+    ({"tensor": 2}, {}),
+    ({"context": 2}, {"micro_batch_size": 4}),
+]
+
+
+def test_two_processes_end_with_the_weights_of_one(tmp_path: Path, alone: dict[str, Any]) -> None:
+    ends = run(train_all, 2, str(tmp_path), TWO)[0]
+    for (layout, loop), end in zip(TWO, ends, strict=True):
+        assert largest_difference(end["weights"], alone["weights"]) < TOLERANCE, (layout, loop)
+        assert end["tokens"] == alone["tokens"]
+
+
+def test_a_run_goes_on_in_other_layouts(tmp_path: Path, alone: dict[str, Any]) -> None:
+    """One process, then two, then four, then one: the same weights, and every batch was taken once, in order."""
+    folder = str(tmp_path)
+    asked = train(folder, {}, stop_at=2)["asked"]
+    asked += run(train, 2, folder, {"shard": 2}, 4)[0]["asked"]
+    asked += run(train, 4, folder, {"replicate": 2, "tensor": 2}, 7)[0]["asked"]
+    last = train(folder, {})
+    assert asked + last["asked"] == list(range(STEPS))
+    assert largest_difference(last["weights"], alone["weights"]) < TOLERANCE
+
+
+def test_a_batch_left_out_would_show(tmp_path: Path, alone: dict[str, Any]) -> None:
+    """Negative control."""
+
+    class Skipping(Stopping):
+        def batch(self, step: int) -> Batch:
+            return super().batch(step + (step > 4))
+
+    trainer = make_trainer(tmp_path, STEPS, batches=Skipping(None), loop=LoopConfig(average_decay=0.5))
+    trainer.train()
+    assert largest_difference(full_state(trainer.model), alone["weights"]) > 100 * TOLERANCE
