@@ -32,6 +32,11 @@ STAND_INS = {
     "`make demo` made in the place of what would be fetched. tests/formats/test_pull.py has the fetching",
     "make": "`make demo` runs for real, in miniature, less its installation; other targets would build environments or "
     "run these very tests, so `make -n` must accept them",
+    "torchrun": "starts Python with PyTorch in every process, which takes long; the processes are forked here instead, "
+    "and train together as there. tests/training/faults/test_processes.py runs the real one",
+    "sbatch": "hands a script to Slurm; here bash runs it, with a srun and a scontrol that know one machine",
+    "sky": "rents machines; checked instead: the task's file, and that bash can read its scripts",
+    "python -m lalia.ray_train": "starts a cluster; checked instead: its arguments. tests/test_ray_train.py runs it",
     ".venv/bin/activate": "the tests' PATH already has lalia; `make demo` makes the environment it belongs to",
 }
 """What is not executed as it stands, and why."""
@@ -68,12 +73,17 @@ def install(folder: Path, settings: list[str]) -> Path:
     for name in TOOLS:
         program = sys.executable if name == "python" else _which(name)
         (bin_folder / name).write_text(f'#!/bin/sh\nexec "{program}" "$@"\n', encoding="utf-8")
-    for name in ("lalia", "pip", "make"):
+    for name in ("lalia", "pip", "make", "torchrun", "sbatch", "srun", "scontrol", "sky", "ray_train"):
         (bin_folder / name).write_text(
             f"#!{sys.executable} -IS\nimport sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n"
             f"from docs_commands import Path, {name}\nsys.exit({name}(Path({str(folder)!r}), sys.argv[1:]))\n",
             encoding="utf-8",
         )
+    (bin_folder / "python").write_text(
+        f'#!/bin/sh\nif [ "$1 $2" = "-m lalia.ray_train" ]; then shift 2; exec ray_train "$@"; fi\n'
+        f'exec "{sys.executable}" "$@"\n',
+        encoding="utf-8",
+    )
     for path in bin_folder.iterdir():
         path.chmod(0o755)
     (folder / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
@@ -116,6 +126,72 @@ def make(folder: Path, arguments: list[str]) -> int:
     else:
         command.append("-n")
     return subprocess.run(command, check=False).returncode
+
+
+def torchrun(folder: Path, arguments: list[str]) -> int:
+    """The processes of one machine, each a client in a process of its own."""
+    options, verb = arguments[: arguments.index("--")], arguments[arguments.index("--") + 1 :]
+    known = {"--nnodes", "--nproc-per-node", "--max-restarts", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id"}
+    names = options[:-1:2]
+    if options[-1:] != ["-m"] or verb[:1] != ["lalia"] or not {*names} <= known:
+        print(f"torchrun (stand-in): expected {sorted(known)} and -m -- lalia VERB; got {arguments}", file=sys.stderr)
+        return 2
+    size = int(options[options.index("--nproc-per-node") + 1])
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    place = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    children = []
+    for rank in range(size):
+        child = os.fork()
+        if child == 0:
+            os.environ.update(place | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+            os._exit(lalia(folder, verb[1:]))
+        children.append(child)
+    return max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children)
+
+
+def sbatch(folder: Path, arguments: list[str]) -> int:
+    """The script itself, on one machine with two processes."""
+    script = next(i for i, argument in enumerate(arguments) if argument.endswith(".sbatch"))
+    place = {"SLURM_JOB_ID": "1", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "here", "PROCESSES_PER_NODE": "2"}
+    command = ["/bin/bash", *arguments[script:]]
+    return subprocess.run(command, env=os.environ | place, check=False).returncode
+
+
+def srun(folder: Path, arguments: list[str]) -> int:
+    """What follows the options."""
+    command = next(i for i, argument in enumerate(arguments) if not argument.startswith("-"))
+    return subprocess.run(arguments[command:], check=False).returncode
+
+
+def scontrol(folder: Path, arguments: list[str]) -> int:
+    """Names this machine."""
+    print("localhost")
+    return 0 if arguments[:2] == ["show", "hostnames"] else 1
+
+
+def sky(folder: Path, arguments: list[str]) -> int:
+    """Read the task and its scripts as SkyPilot and bash would."""
+    script = (
+        "import subprocess, sys, yaml\n"
+        "task = yaml.safe_load(open(sys.argv[1]))\n"
+        "missing = {'name', 'resources', 'num_nodes', 'setup', 'run', 'envs'} - task.keys()\n"
+        "assert not missing, missing\n"
+        "for part in ('setup', 'run'):\n"
+        "    subprocess.run(['/bin/bash', '-n', '-c', task[part]], check=True)\n"
+    )
+    if arguments[:2] != ["jobs", "launch"]:
+        return 2
+    return subprocess.run([sys.executable, "-c", script, arguments[-1]], check=False).returncode
+
+
+def ray_train(folder: Path, arguments: list[str]) -> int:
+    """Parse the arguments; run the verb dry, alone."""
+    verb = arguments[arguments.index("--") + 1 :]
+    if arguments[:1] != ["--workers"] or verb[:1] != ["pretrain"]:
+        return 2
+    return lalia(folder, ["run", *verb[1:], "--dry-run"])
 
 
 def installed_environment(folder: Path) -> None:

@@ -163,7 +163,8 @@ def free_port() -> int:
 @pytest.fixture
 def folder(workplace: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A page's working folder; a server that the page started is stopped at the end, and must end well."""
-    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    for shared in ("recipes", "cluster"):
+        (tmp_path / shared).symlink_to(ROOT / shared)
     shutil.copytree(workplace.finished / "runs", tmp_path / "runs")
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     (tmp_path / ".venv" / "bin" / "activate").touch()
@@ -233,6 +234,8 @@ def test_every_block_runs(
         ("lalia pretrain pretrain.steps=many\n", "pretrain.steps"),
         ("make demos\n", "demos"),
         ("pip install 'lalia[servo]'\n", "servo"),
+        ("torchrun --nproc-per-node 2 -m -- lalia pretrain pretrain.stepz=5 --run runs/x\n", "pretrain.stepz"),
+        ("sbatch cluster/slurm.sbatch frobnicate\n", "frobnicate"),
         ("frobnicate\n", "frobnicate"),
         ("cat docs/nowhere.md\n", "nowhere"),
         ("curl --fail --silent --show-error http://127.0.0.1:9/\n", "9"),

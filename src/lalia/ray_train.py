@@ -1,6 +1,6 @@
 """The command line on the workers of a Ray cluster: `python -m lalia.ray_train --workers 4 -- pretrain RECIPE ...`.
 
-Every worker runs the same verb with the same arguments, as under `torchrun -m lalia ...`: Ray Train forms the process
+Every worker runs the same verb with the same arguments, as under `torchrun -m -- lalia ...`: Ray Train forms the process
 group and sets the environment variables that torchrun would set. All workers must see the run folder.
 """
 
@@ -30,6 +30,7 @@ def main(arguments: list[str] | None = None) -> None:
     verb = options.verb[1:] if options.verb[:1] == ["--"] else options.verb
     if not verb:
         raise UserError("give a verb to run, for example: python -m lalia.ray_train --workers 2 -- pretrain RECIPE")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry
     try:
         import ray
         from ray.train import FailureConfig, RunConfig, ScalingConfig

@@ -70,6 +70,7 @@ def pretrain(
     )
     happened = trainer.train()
     happened |= {"bits_per_byte": evaluate.last, "peak_memory_bytes": peak_memory_bytes(), "packing": packed.report()}
+    happened |= {"processes": world.size, "layout": world.layout.model_dump()}
     save_trained(model, tokenizer, out, world, chat=False)
     return happened
 

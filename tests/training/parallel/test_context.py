@@ -1,7 +1,7 @@
 """Rows divided among ranks: losses and gradients are those of one process, whatever rows, layers and layout."""
 
-from collections.abc import Callable
 import itertools
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
