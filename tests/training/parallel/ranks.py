@@ -4,7 +4,7 @@
 
 The function and its arguments must be picklable, so the function is one of a module, not of a test. It finds its
 process group started; `lalia.training.parallel.world.start(config)` lays a mesh over it. Processes are forked from a
-server that has torch imported, so that only the first run of a session pays for the import.
+server that has everything imported, so that only the first run of a session pays for it.
 """
 
 import faulthandler
@@ -27,10 +27,18 @@ import torch.distributed as dist
 ROOT = str(Path(__file__).parents[3])
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.tensor.parallel"])
+_context.set_forkserver_preload(
+    [
+        "torch._dynamo",  # which DTensor imports at its first use
+        "torch.distributed.checkpoint",
+        "torch.distributed.fsdp",
+        "torch.distributed.tensor.parallel",
+        "lalia.training.objectives",
+    ]
+)
 
 
-def run(function: Callable[..., Any], size: int, *args: Any, timeout_seconds: float = 120.0) -> list[Any]:
+def run(function: Callable[..., Any], size: int, *args: Any, timeout_seconds: float = 180.0) -> list[Any]:
     """function(*args) in `size` processes; returns their results by rank, tensors on the CPU by value.
 
     Raises:

@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from lalia.errors import UserError
 from lalia.model.config import ModelConfig
+from lalia.training.objectives import LossModule, Objective, next_token
 from lalia.training.parallel import apply, tensor
 from lalia.training.parallel.apply import GradientSync, parallelize
-from lalia.training.parallel.world import ParallelConfig, World, resolve, start
+from lalia.training.parallel.layout import ParallelConfig, resolve
+from lalia.training.parallel.world import World, start
 from tests.training.parallel import training
 from tests.training.parallel.ranks import run
 from tests.training.parallel.training import (
@@ -19,81 +21,75 @@ from tests.training.parallel.training import (
     MIXTURE,
     QWEN2,
     QWEN3,
-    LossModule,
     alone,
     largest_difference,
+    mean_objective,
     together,
 )
 
 TOLERANCE = 1e-5
 UNTIED = QWEN3 | {"tie_word_embeddings": False, "norm_weight": "offset", "qk_norm": "after_rope"}
-LAYOUTS: dict[str, dict[str, int]] = {
-    "DDP 2": {},
-    "FSDP 2": {"shard": 2},
-    "TP 2": {"tensor": 2},
-    "HSDP 2 x 2": {"shard": 2},
-    "FSDP 2 x TP 2": {"shard": 2, "tensor": 2},
-    "DDP 2 x TP 2": {"tensor": 2},
+MODELS: dict[str, tuple[dict[str, Any], int, torch.dtype]] = {
+    "qwen3": (QWEN3, 2, torch.float32),
+    "untied": (UNTIED, 1, torch.float32),
+    "gpt2": (GPT2, 1, torch.float32),
+    "qwen2": (QWEN2, 2, torch.float32),
+    "mixture": (MIXTURE, 2, torch.float32),
+    "bfloat16": (QWEN3, 1, torch.bfloat16),
 }
-MODELS: dict[str, tuple[dict[str, Any], int]] = {
-    "qwen3": (QWEN3, 2),
-    "untied": (UNTIED, 1),
-    "gpt2": (GPT2, 1),
-    "qwen2": (QWEN2, 2),
-    "mixture": (MIXTURE, 2),
+"""Settings, number of micro-batches, activations."""
+LAYOUTS: dict[str, tuple[dict[str, int], list[str]]] = {
+    "DDP 2": ({}, ["qwen3", "mixture", "bfloat16"]),
+    "FSDP 2": ({"shard": 2}, ["qwen3", "gpt2", "qwen2", "mixture", "bfloat16"]),
+    "TP 2": ({"tensor": 2}, ["qwen3", "untied", "gpt2", "qwen2", "bfloat16"]),
+    "HSDP 2 x 2": ({"shard": 2}, ["qwen2"]),
+    "FSDP 2 x TP 2": ({"shard": 2, "tensor": 2}, ["qwen3"]),
+    "DDP 2 x TP 2": ({"tensor": 2}, ["qwen2"]),
 }
-"""Settings and number of micro-batches."""
 
 
-def _differences(names: list[str], models: list[str]) -> dict[tuple[str, str], float]:
+def _differences(names: list[str]) -> dict[tuple[str, str], float]:
     result = {}
     for name in names:
-        world = start(ParallelConfig(**LAYOUTS[name]))
+        layout, models = LAYOUTS[name]
+        world = start(ParallelConfig(**layout))
         for model in models:
-            values, micro_batches = MODELS[model]
-            if model == "mixture" and world.layout.tensor > 1:
-                continue
-            outcome = together(values, world, micro_batches)
-            result[name, model] = largest_difference(outcome, alone(values, micro_batches))
-        if world.size == 2:
-            outcome, expected = together(QWEN3, world, 1, torch.bfloat16), alone(QWEN3, 1, torch.bfloat16)
-            result[name, "bfloat16"] = largest_difference(outcome, expected)
+            result[name, model] = largest_difference(together(*MODELS[model], world), alone(*MODELS[model]))
     return result
 
 
-def _checked(ranks: list[dict[tuple[str, str], float]]) -> None:
-    for rank, differences in enumerate(ranks):
+def _check(size: int, names: list[str]) -> None:
+    for rank, differences in enumerate(run(_differences, size, names)):
         for case, difference in differences.items():
-            # The sums of a rank's bfloat16 parts have 8 bits.
-            limit = 2e-2 if case[1] == "bfloat16" else TOLERANCE
+            limit = 2e-2 if case[1] == "bfloat16" else TOLERANCE  # the sums of a rank's bfloat16 parts have 8 bits
             assert difference < limit, (rank, case, difference)
 
 
 def test_two_ranks_equal_one_process() -> None:
-    _checked(run(_differences, 2, ["DDP 2", "FSDP 2", "TP 2"], list(MODELS)))
+    _check(2, ["DDP 2", "FSDP 2", "TP 2"])
 
 
 def test_four_ranks_equal_one_process() -> None:
-    _checked(run(_differences, 4, ["HSDP 2 x 2", "FSDP 2 x TP 2", "DDP 2 x TP 2"], ["qwen2"]))
+    _check(4, ["HSDP 2 x 2", "FSDP 2 x TP 2", "DDP 2 x TP 2"])
 
 
 def _broken() -> dict[str, float]:
     """Differences of layouts with one thing wrong."""
     result = {}
-    data, shards, heads = (start(ParallelConfig(**LAYOUTS[name])) for name in ("DDP 2", "FSDP 2", "TP 2"))
+    data, shards, heads = (start(ParallelConfig(**LAYOUTS[name][0])) for name in ("DDP 2", "FSDP 2", "TP 2"))
     expected = training.train(training.make_model(QWEN3), World.alone(), 2, steps=1)
 
-    def measure(name: str, world: World, sync: GradientSync | None = None, mean: bool = False) -> None:
+    def measure(name: str, world: World, objective: Objective = next_token) -> None:
         model = training.make_model(QWEN3)
         parallelize(model, world)
         if name == "FSDP averages":
             for module in (*model.layers, model):
                 module.set_gradient_divide_factor(2.0)  # pyright: ignore[reportCallIssue]
-        outcome = training.train(model, world, 2, steps=1, mean=mean)
+        outcome = training.train(model, world, 2, steps=1, objective=objective)
         result[name] = largest_difference(outcome, expected)
 
-    measure("DDP of means", data, mean=True)
-    measure("FSDP of means", shards, mean=True)
+    measure("DDP of means", data, mean_objective)
+    measure("FSDP of means", shards, mean_objective)
     measure("FSDP averages", shards)
 
     summed, calls = apply._sum_bucket, 0
@@ -142,7 +138,7 @@ def test_alone_nothing_happens() -> None:
     model = training.make_model(QWEN3)
     parameters = list(model.parameters())
     parallelize(model, World.alone())
-    module = LossModule(model)
+    module = LossModule(model, next_token)
     assert GradientSync(module, World.alone()).module is module
     assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
     assert all(type(p) is nn.Parameter for p in parameters)

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lalia.training.parallel.world import ParallelConfig, start
+from lalia.training.parallel.layout import ParallelConfig
+from lalia.training.parallel.world import start
 from tests.training.parallel.ranks import run
 
 

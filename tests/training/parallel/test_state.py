@@ -10,8 +10,9 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from lalia.training.parallel.apply import parallelize
+from lalia.training.parallel.layout import ParallelConfig
 from lalia.training.parallel.state import full_state, is_divided, release, saved_state
-from lalia.training.parallel.world import ParallelConfig, World, start
+from lalia.training.parallel.world import World, start
 from tests.training.parallel.ranks import run
 from tests.training.parallel.training import MIXTURE, QWEN2, QWEN3, make_batch, make_model, make_optimizer, train
 

@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lalia.data.loader import IGNORED, Batch
 from lalia.model.config import ModelConfig
 from lalia.model.transformer import Transformer
-from lalia.training.objectives import next_token
+from lalia.training.objectives import LossModule, Metrics, Objective, next_token
 from lalia.training.parallel.apply import GradientSync, gradient_norm, parallelize
 from lalia.training.parallel.state import full_state, whole
 from lalia.training.parallel.world import World
@@ -50,17 +50,10 @@ MIXTURE: dict[str, Any] = QWEN3 | {
 }
 
 
-class LossModule(nn.Module):
-    """The model and its loss as one module."""
-
-    def __init__(self, model: Transformer, mean: bool = False) -> None:
-        super().__init__()
-        self.model, self.mean = model, mean
-
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        loss, weight, _ = next_token(self.model, batch)
-        weight = torch.as_tensor(weight)
-        return (loss / weight.clamp_min(1), torch.ones_like(weight)) if self.mean else (loss, weight)
+def mean_objective(model: Transformer, batch: Batch) -> tuple[Tensor, Tensor, Metrics]:
+    """Negative control: the gradient is that of the mean over ranks and micro-batches of their mean losses."""
+    loss, weight, metrics = next_token(model, batch)
+    return loss / weight.clamp_min(1), torch.ones_like(weight), metrics
 
 
 @dataclass
@@ -120,16 +113,11 @@ def train(
     world: World,
     micro_batches: int = 1,
     steps: int = 3,
-    mean: bool = False,
-    sync: GradientSync | None = None,
+    objective: Objective = next_token,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> Outcome:
-    """Train a model that `parallelize` has been applied to, or that is alone.
-
-    Args:
-        mean: negative control, the gradient of a mean over ranks and micro-batches of their mean losses.
-    """
-    sync = sync or GradientSync(LossModule(model, mean), world)
+    """Train a model that `parallelize` has been applied to, or that is alone."""
+    sync = GradientSync(LossModule(model, objective), world)
     optimizer = optimizer or make_optimizer(model)
     outcome = Outcome([], [], {}, {})
     for step in range(steps):
@@ -140,7 +128,7 @@ def train(
         parts = mine.split(rows // micro_batches)
         for number, part in enumerate(parts):
             with sync(last=number == len(parts) - 1):
-                loss, count = sync.module(part)
+                loss, count, _ = sync.module(part)
                 loss.backward()
             total += loss.detach()
             weight += count
@@ -167,17 +155,15 @@ def whole_gradients(model: Transformer) -> dict[str, Tensor]:
 
 
 def alone(values: dict[str, Any], micro_batches: int = 1, dtype: torch.dtype = torch.float32) -> Outcome:
-    """The same in one process."""
+    """A few steps in one process."""
     return train(make_model(values, dtype), World.alone(), micro_batches)
 
 
-def together(
-    values: dict[str, Any], world: World, micro_batches: int = 1, dtype: torch.dtype = torch.float32, mean: bool = False
-) -> Outcome:
-    """In the layout of the world."""
+def together(values: dict[str, Any], micro_batches: int, dtype: torch.dtype, world: World) -> Outcome:
+    """The same in the layout of the world."""
     model = make_model(values, dtype)
     parallelize(model, world)
-    return train(model, world, micro_batches, mean=mean)
+    return train(model, world, micro_batches)
 
 
 def largest_difference(actual: Outcome, expected: Outcome) -> float:
