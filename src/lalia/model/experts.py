@@ -119,8 +119,9 @@ class MixtureOfExperts(nn.Module):
             ends = counts.cumsum(0).int()
             hidden = activate(grouped_linear(rows, up, ends), self.activation, self.gated)
             return grouped_linear(hidden, down, ends)
-        parts = zip(rows.split(counts.tolist()), up.unbind(), down.unbind(), strict=True)
-        return torch.cat([linear(activate(linear(x, u), self.activation, self.gated), d) for x, u, d in parts])
+        # Not `linear`: oneDNN makes and keeps code for every number of rows, which differs from step to step.
+        parts = zip(rows.split(counts.tolist()), up.to(rows.dtype).unbind(), down.to(rows.dtype).unbind(), strict=True)
+        return torch.cat([F.linear(activate(F.linear(x, u), self.activation, self.gated), d) for x, u, d in parts])
 
 
 def inverse(order: Tensor) -> Tensor:

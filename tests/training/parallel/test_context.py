@@ -1,5 +1,6 @@
 """Rows divided among ranks: losses and gradients are those of one process, whatever rows, layers and layout."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -16,8 +17,7 @@ from lalia.model.transformer import Transformer
 from lalia.training.objectives import LossModule, next_token, router_loss
 from lalia.training.parallel.apply import GradientSync, gradient_norm, parallelize
 from lalia.training.parallel.context import shard_batch
-from lalia.training.parallel.layout import ParallelConfig
-from lalia.training.parallel.world import World, start
+from lalia.training.parallel.world import ParallelConfig, World, start
 from tests.training.parallel.ranks import run
 from tests.training.parallel.training import GPT2, MIXTURE, QWEN3, VOCAB, make_model, whole_gradients
 
@@ -101,7 +101,7 @@ def step(
     with sync(last=True):
         loss, weight, _ = sync.module(change(mine) if change else mine)
         loss.backward()
-    assert world.sum(torch.as_tensor(weight)) == batch.num_targets
+    assert world.sum(weight) == batch.num_targets
     total = world.sum(loss.detach())
     return total.item(), gradient_norm(model, world).item(), whole_gradients(model)
 
@@ -226,7 +226,7 @@ def columns(rank: int, ranks: int) -> list[int]:
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_all_ranks_have_the_same_work(ranks: int) -> None:
     taken = [columns(rank, ranks) for rank in range(ranks)]
-    assert sorted(column for own in taken for column in own) == list(range(LENGTH))
+    assert sorted(itertools.chain.from_iterable(taken)) == list(range(LENGTH))
     assert len({sum(own) for own in taken}) == 1  # a token sees the keys up to its own column
 
 

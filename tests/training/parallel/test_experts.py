@@ -10,12 +10,11 @@ from torch.distributed.tensor import Replicate, Shard
 from lalia.errors import UserError
 from lalia.model.experts import MixtureOfExperts
 from lalia.model.transformer import Block, Transformer
-from lalia.training.objectives import LossModule, next_token
+from lalia.training.objectives import next_token
 from lalia.training.parallel.apply import parallelize
 from lalia.training.parallel.experts import apply_experts
-from lalia.training.parallel.layout import ParallelConfig
 from lalia.training.parallel.state import full_state, local, saved_state, whole
-from lalia.training.parallel.world import World, start
+from lalia.training.parallel.world import ParallelConfig, World, start
 from tests.training.parallel.ranks import run
 from tests.training.parallel.test_context import LONG, ROWS, SMALL, Step, difference, rows, step
 from tests.training.parallel.training import MIXTURE, QWEN3, make_model, make_optimizer, whole_gradients
@@ -62,7 +61,7 @@ def _wrong_sum(world: World) -> Step:
     """Negative control: the gradients of experts summed over all ranks."""
     model = make_model(FOUR)
     parallelize(model, world)
-    loss, _, _ = LossModule(model, next_token)(rows(True).split(ROWS // 2)[world.rank])
+    loss = next_token(model, rows(True).split(ROWS // 2)[world.rank])[0]
     loss.backward()
     gradients = {}
     for name, parameter in model.named_parameters():
@@ -123,7 +122,7 @@ def test_balance_is_judged_among_the_rows_of_a_rank(two_ranks: list[dict[str, An
     """As it is among those of a micro-batch: two ranks are as two micro-batches, not as one batch."""
     parts = rows(True).split(ROWS // 2)
     model = make_model(ROUTED)
-    loss = torch.stack([LossModule(model, next_token)(part)[0] for part in parts]).sum()
+    loss = torch.stack([next_token(model, part)[0] for part in parts]).sum()
     loss.backward()
     gradients = whole_gradients(model)
     norm = torch.stack([g.norm() for g in gradients.values()]).norm()

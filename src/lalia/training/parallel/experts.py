@@ -48,37 +48,31 @@ def apply_experts(model: Transformer, world: World) -> None:
             share = getattr(module, name).detach().chunk(size)[rank].clone()
             divided = DTensor.from_local(share, world.experts, (Replicate(), Shard(0)), run_check=False)
             setattr(module, name, nn.Parameter(divided))
-        module.exchange = Exchange(group)
+        module.exchange = lambda module, rows, counts: exchange(module, rows, counts, group)
 
 
-class Exchange:
-    """Computes rows where their experts are; takes the place of `MixtureOfExperts.compute`."""
+def exchange(module: MixtureOfExperts, rows: Tensor, counts: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """`MixtureOfExperts.compute` by the ranks that hold the experts.
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
+    Args:
+        rows: (rows, hidden) of this rank, those of the first expert of all first.
+        counts: (num_experts,) int64, rows of each expert.
 
-    def __call__(self, module: MixtureOfExperts, rows: Tensor, counts: Tensor) -> Tensor:
-        """Each row through its expert.
-
-        Args:
-            rows: (rows, hidden) of this rank, those of the first expert of all first.
-            counts: (num_experts,) int64, rows of each expert.
-
-        Returns:
-            (rows, hidden)
-        """
-        ranks = self.group.size()
-        counts = counts.view(ranks, -1)  # (ranks, experts of a rank)
-        theirs = torch.empty_like(counts)  # rows that each rank has for the experts of this one
-        dist.all_to_all_single(theirs, counts, group=self.group)
-        sent, received = torch.stack((counts.sum(1), theirs.sum(1))).tolist()
-        arrived = _AllToAll.apply(rows, received, sent, self.group)
-        # They come rank by rank, and of each rank expert by expert.
-        experts = torch.arange(theirs.shape[1], device=rows.device).repeat(ranks)
-        order = experts.repeat_interleave(theirs.view(-1), output_size=sum(received)).argsort(stable=True)
-        up, down = (_local(weight) for weight in (module.up, module.down))
-        computed = module.compute(arrived.index_select(0, order), theirs.sum(0), up, down)
-        return _AllToAll.apply(computed.index_select(0, inverse(order)), sent, received, self.group)
+    Returns:
+        (rows, hidden)
+    """
+    ranks = group.size()
+    counts = counts.view(ranks, -1)  # (ranks, experts of a rank)
+    theirs = torch.empty_like(counts)  # rows that each rank has for the experts of this one
+    dist.all_to_all_single(theirs, counts, group=group)
+    sent, received = torch.stack((counts.sum(1), theirs.sum(1))).tolist()
+    arrived = _AllToAll.apply(rows, received, sent, group)
+    # They come rank by rank, and of each rank expert by expert.
+    experts = torch.arange(theirs.shape[1], device=rows.device).repeat(ranks)
+    order = experts.repeat_interleave(theirs.view(-1), output_size=sum(received)).argsort(stable=True)
+    up, down = _local(module.up), _local(module.down)
+    computed = module.compute(arrived.index_select(0, order), theirs.sum(0), up, down)
+    return _AllToAll.apply(computed.index_select(0, inverse(order)), sent, received, group)
 
 
 def _local(weight: Tensor) -> Tensor:
