@@ -150,7 +150,7 @@ class Checkpoints:
         if damaged and found is None:
             self._say("warning: no checkpoint is whole; this stage starts at step 0 again")
         # Left in place they would outlive the new ones, whose steps are lower.
-        self._on_main(lambda: [self._remove(self.folder / name) for name in damaged])
+        self._on_main(lambda: [shutil.rmtree(self.folder / name) for name in damaged])
         return None if found is None else (found["step"], found["meta"])
 
     def _write(self, step: int, copies: dict[str, Part], facts: dict[str, Any]) -> None:
@@ -173,20 +173,13 @@ class Checkpoints:
         steps = [int(path.name.removeprefix("step-")) for path in self._folders()]
         for old in sorted(steps)[: -self.keep]:
             if old not in self.milestone_steps:
-                self._remove(self.folder / _name(old))
+                shutil.rmtree(self.folder / _name(old))
 
     def _partial(self, step: int) -> Path:
         return self.folder / f".{_name(step)}.partial"
 
     def _folders(self) -> list[Path]:
         return [p for p in self.folder.glob("step-*") if p.is_dir() and re.fullmatch(r"step-\d{8,}", p.name)]
-
-    def _remove(self, folder: Path) -> None:
-        """Remove a checkpoint such that what a kill leaves of it is not taken for one."""
-        doomed = self.folder / f".{folder.name}.removed"
-        shutil.rmtree(doomed, ignore_errors=True)
-        folder.rename(doomed)
-        shutil.rmtree(doomed)
 
     def _clean(self) -> list[str]:
         """Remove what killed processes left; names of the checkpoints, the newest first."""
