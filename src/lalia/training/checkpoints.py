@@ -32,8 +32,6 @@ from lalia.training.checkpoint_files import (
 from lalia.training.parallel.world import World
 
 FORMAT = 1
-TIMEOUT = timedelta(minutes=30)
-"""Longest wait for another process: one with a slow disk writes while the others wait for it."""
 
 
 class Checkpoints:
@@ -48,6 +46,7 @@ class Checkpoints:
         progress: where to report damage.
         keep: newest checkpoints kept: if the last is damaged, the one before it continues the run.
         milestone_steps: steps whose checkpoints are kept as well.
+        timeout_seconds: longest wait for another process to write or read its part.
     """
 
     def __init__(
@@ -58,13 +57,16 @@ class Checkpoints:
         progress: Progress,
         keep: int = 2,
         milestone_steps: Collection[int] = frozenset(),
+        timeout_seconds: float = 600.0,
     ) -> None:
         assert keep >= 1
         self.folder, self.run_fingerprint, self.world, self.progress = folder, run_fingerprint, world, progress
         self.keep, self.milestone_steps = keep, milestone_steps
         self.stall_seconds = 0.0
         """Time that the training stood still for `save` and `wait`."""
-        self._group: Any = dist.new_group(backend="gloo", timeout=TIMEOUT) if world.size > 1 else None
+        self._group: Any = None
+        if world.size > 1:
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
         self._writer = ThreadPoolExecutor(1, "checkpoint")  # Python waits for it before it exits
         self._pending: Future[None] | None = None
 
