@@ -18,7 +18,11 @@ from lalia.progress import Progress
 from lalia.training import checkpoints as module
 from lalia.training.checkpoint_files import KINDS, write_part_file
 from lalia.training.checkpoints import Checkpoints, read_model
+from lalia.training.config import OptimizerConfig
+from lalia.training.optimizers import make_optimizers
+from lalia.training.parallel.state import saved_state
 from lalia.training.parallel.world import World
+from tests.training.conftest import tiny_model
 
 
 class Said(Progress):
@@ -196,6 +200,15 @@ def test_read_model_joins_the_pieces(tmp_path: Path) -> None:
     assert torch.equal(weights["stacked"], torch.cat([state()["model.stacked/0"], state()["model.stacked/1"]]))
     with pytest.raises(UserError, match="holds no tensors average"):
         read_model(tmp_path / "step-00000001", "average.")
+
+
+def test_read_model_gives_the_weights_of_a_model(tmp_path: Path) -> None:
+    model = tiny_model(seed=1)
+    saved(tmp_path, 1, saved_state(model, make_optimizers(model, OptimizerConfig())), {})
+    other = tiny_model(seed=2)
+    assert not same(dict(model.state_dict()), dict(other.state_dict()))
+    other.load_state_dict(read_model(tmp_path / "step-00000001"))
+    assert same(dict(model.state_dict()), dict(other.state_dict()))
 
 
 def test_read_model_refuses_what_is_not_whole(tmp_path: Path) -> None:

@@ -32,8 +32,6 @@ from lalia.training.checkpoint_files import (
 from lalia.training.parallel.world import World
 
 FORMAT = 1
-TIMEOUT = timedelta(minutes=30)
-"""Longest wait for another process: one with a slow disk writes while the others wait for it."""
 
 
 class Checkpoints:
@@ -48,6 +46,7 @@ class Checkpoints:
         progress: where to report damage.
         keep: newest checkpoints kept: if the last is damaged, the one before it continues the run.
         milestone_steps: steps whose checkpoints are kept as well.
+        timeout_seconds: longest wait for another process to write or read its part.
     """
 
     def __init__(
@@ -58,13 +57,16 @@ class Checkpoints:
         progress: Progress,
         keep: int = 2,
         milestone_steps: Collection[int] = frozenset(),
+        timeout_seconds: float = 600.0,
     ) -> None:
         assert keep >= 1
         self.folder, self.run_fingerprint, self.world, self.progress = folder, run_fingerprint, world, progress
         self.keep, self.milestone_steps = keep, milestone_steps
         self.stall_seconds = 0.0
         """Time that the training stood still for `save` and `wait`."""
-        self._group: Any = dist.new_group(backend="gloo", timeout=TIMEOUT) if world.size > 1 else None
+        self._group: Any = None
+        if world.size > 1:
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
         self._writer = ThreadPoolExecutor(1, "checkpoint")  # Python waits for it before it exits
         self._pending: Future[None] | None = None
 
@@ -150,7 +152,7 @@ class Checkpoints:
         if damaged and found is None:
             self._say("warning: no checkpoint is whole; this stage starts at step 0 again")
         # Left in place they would outlive the new ones, whose steps are lower.
-        self._on_main(lambda: [self._remove(self.folder / name) for name in damaged])
+        self._on_main(lambda: [shutil.rmtree(self.folder / name) for name in damaged])
         return None if found is None else (found["step"], found["meta"])
 
     def _write(self, step: int, copies: dict[str, Part], facts: dict[str, Any]) -> None:
@@ -173,20 +175,13 @@ class Checkpoints:
         steps = [int(path.name.removeprefix("step-")) for path in self._folders()]
         for old in sorted(steps)[: -self.keep]:
             if old not in self.milestone_steps:
-                self._remove(self.folder / _name(old))
+                shutil.rmtree(self.folder / _name(old))
 
     def _partial(self, step: int) -> Path:
         return self.folder / f".{_name(step)}.partial"
 
     def _folders(self) -> list[Path]:
         return [p for p in self.folder.glob("step-*") if p.is_dir() and re.fullmatch(r"step-\d{8,}", p.name)]
-
-    def _remove(self, folder: Path) -> None:
-        """Remove a checkpoint such that what a kill leaves of it is not taken for one."""
-        doomed = self.folder / f".{folder.name}.removed"
-        shutil.rmtree(doomed, ignore_errors=True)
-        folder.rename(doomed)
-        shutil.rmtree(doomed)
 
     def _clean(self) -> list[str]:
         """Remove what killed processes left; names of the checkpoints, the newest first."""

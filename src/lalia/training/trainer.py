@@ -91,7 +91,6 @@ class Trainer:
             folder, run_fingerprint, self.world, progress, self.loop.keep_checkpoints, self.milestones
         )
         self.heartbeat = Heartbeat(self.world)
-        self.checkpoints = Checkpoints(folder, run_fingerprint, self.world, progress)
         self.step = 0
         self.seconds = 0.0
         """Time spent on optimizer steps, evaluations and checkpoints excluded."""
