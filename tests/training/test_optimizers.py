@@ -118,6 +118,17 @@ def test_a_step_that_is_kept_is_an_ordinary_one(kind: str) -> None:
     assert [key for key, value in results[0].items() if not torch.equal(value, results[1][key])] == []
 
 
+def test_the_compiler_is_not_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which would cost every run seconds at its start. PyTorch's own way imports it (negative control)."""
+    plain = torch.optim.Optimizer.add_param_group.__wrapped__  # pyright: ignore[reportFunctionMemberAccess]
+    monkeypatch.delattr(plain, "__dynamo_disable", raising=False)  # what an earlier test has left
+    monkeypatch.setitem(sys.modules, "torch._dynamo", None)
+    model = tiny_model()
+    _step(model, _optimizers(model, "muon"), seed=0)
+    with pytest.raises(ImportError):
+        torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+
+
 def test_adamw_is_that_of_pytorch() -> None:
     ours, theirs = (torch.nn.Parameter(torch.linspace(-1, 1, 12).view(3, 4)) for _ in range(2))
     settings = {"lr": 0.05, "betas": (0.8, 0.95), "weight_decay": 0.1}
