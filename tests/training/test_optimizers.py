@@ -190,8 +190,8 @@ def test_rates_follow_the_width() -> None:
     ("kind", "rates", "transfers"),
     [
         ("muon", [0.0125, 0.025, 0.05, 0.1], True),
-        ("adamw", [0.002, 0.004, 0.008, 0.016], True),  # times 64 / width
-        ("one rate", [0.002, 0.004, 0.008, 0.016], False),  # negative control: AdamW at the same rate for every width
+        ("adamw", [0.002, 0.008, 0.032], True),  # times 64 / width
+        ("one rate", [0.004, 0.016], False),  # negative control: AdamW at the same rate for every width
     ],
 )
 def test_the_best_rate_of_a_narrow_network_is_that_of_a_wide_one(
