@@ -19,7 +19,7 @@ class Optimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        # The plain method: its wrapper imports the compiler, which takes 2.4 s of every run's start.
+        # The plain method: its wrapper imports the compiler, which takes about 2 s of every run's start.
         torch.optim.Optimizer.add_param_group.__wrapped__(self, param_group)  # pyright: ignore[reportFunctionMemberAccess]
 
 
