@@ -8,13 +8,13 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from lalia.errors import UserError
-from lalia.training.muon import local
+from lalia.training.optimizer_base import Optimizer, local
 
 EPS = 1e-10
 """Rates are large for weights whose gradients are small: those of rare tokens."""
 
 
-class AdamW(torch.optim.Optimizer):
+class AdamW(Optimizer):
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019), all parameters in one fused kernel.
 
     Args:
@@ -30,13 +30,7 @@ class AdamW(torch.optim.Optimizer):
             self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
 
     @torch.no_grad()
-    def step(self, keep: Tensor | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Update every parameter that has a gradient.
-
-        Args:
-            keep: 0-d, on the parameters' device; where it is 0, nothing changes, whatever the gradients hold. It is
-                never read on the host.
-        """
+    def step(self, keep: Tensor | None = None) -> None:
         found_inf = None if keep is None else 1.0 - keep
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None and local(p).numel()]
@@ -70,9 +64,10 @@ SMALLEST = 4096
 """Weights with fewer values keep moments in float32 (Dettmers et al. 2022)."""
 
 
-class AdamW8bit(torch.optim.Optimizer):
-    """AdamW whose moments take 8 bits a value instead of 32: dynamic codes in blocks with a scale (Dettmers et al. 2022,
-    arXiv 2110.02861), by torchao.
+class AdamW8bit(Optimizer):
+    """AdamW whose moments take 8 bits a value instead of 32: codes of dynamic precision, a scale for each block.
+
+    The codes are torchao's (Dettmers et al. 2022, arXiv 2110.02861).
 
     The second moment never rounds to zero, which would make the step of its weight unbounded.
 
@@ -102,8 +97,7 @@ class AdamW8bit(torch.optim.Optimizer):
                     state[f"{key}_codes"], state[f"{key}_scale"] = self._codec.encode(zeros, key == "exp_avg")
 
     @torch.no_grad()
-    def step(self, keep: Tensor | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """As `AdamW.step`."""
+    def step(self, keep: Tensor | None = None) -> None:
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
             for p in group["params"]:
@@ -147,7 +141,7 @@ class _Codec:
             from torchao.optim import quant_utils
         except ImportError:
             raise UserError(
-                "optimizer.kind = 'adamw8bit' needs torchao; install it: pip install 'lalia[lowbit]'"
+                'optimizer.kind = "adamw8bit" needs torchao; install it with: pip install "lalia[lowbit]"'
             ) from None
         self._utils = quant_utils
         self._maps = {signed: torch.tensor(quant_utils.create_dynamic_map(signed)) for signed in (True, False)}

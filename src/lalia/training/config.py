@@ -48,7 +48,7 @@ class OptimizerConfig(Settings):
     adamw_matrix_learning_rate: float = Field(default=0.003, gt=0)
     """AdamW in Muon's place, at width 256; for other widths times 256 / width."""
     embedding_learning_rate: float = Field(default=0.1, gt=0)
-    """AdamW, for the embedding."""
+    """AdamW, for the embedding, at width 256; for other widths times (256 / width)^0.5."""
     head_learning_rate: float = Field(default=0.006, gt=0)
     """AdamW, for the output head; a head tied to the embedding takes this rate."""
     scalar_learning_rate: float = Field(default=0.006, gt=0)
@@ -56,7 +56,8 @@ class OptimizerConfig(Settings):
     momentum: float = Field(default=0.95, ge=0, lt=1)
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = Field(default=0.0, ge=0)
-    """Decoupled decay of the matrices, multiplied by the learning rate."""
+    """Decoupled decay of the matrices, multiplied by the learning rate; under AdamW as it is at width 256, else times
+    width / 256."""
     schedule: Shape = "stable"
     """Shape of the learning rate after the warm-up: stable (then linear decay), cosine or linear."""
     warmup_fraction: float = Field(default=0.01, ge=0, lt=1)

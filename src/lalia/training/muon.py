@@ -1,4 +1,4 @@
-"""Muon: momentum whose matrix updates are orthogonalized, each matrix by one of the processes that hold a part of it."""
+"""Muon: momentum whose matrix updates are orthogonalized, each by one of the processes that hold parts of it."""
 
 import math
 from collections import defaultdict
@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+
+from lalia.training.optimizer_base import Optimizer, local
 
 if TYPE_CHECKING:  # the import takes half a second, which a process that is alone does not need to spend
     from torch.distributed.device_mesh import DeviceMesh
@@ -45,7 +47,7 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype, iterations: int = 5) -> 
     return x
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(Optimizer):
     """Momentum whose matrix updates are orthogonalized (Jordan et al. 2024), with decoupled weight decay.
 
     A parameter may hold several matrices stacked along its rows (query, key and value; gate and up) and experts along
@@ -83,13 +85,7 @@ class Muon(torch.optim.Optimizer):
             self.state[p]["momentum"] = torch.zeros_like(p)
 
     @torch.no_grad()
-    def step(self, keep: Tensor | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Update every parameter that has a gradient.
-
-        Args:
-            keep: 0-d, on the parameters' device; where it is 0, nothing changes, whatever the gradients hold. It is
-                never read on the host.
-        """
+    def step(self, keep: Tensor | None = None) -> None:
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
@@ -100,11 +96,11 @@ class Muon(torch.optim.Optimizer):
             if keep is not None:  # the momentum in a gradient's place leaves the momentum as it is
                 applies = keep > 0
                 grads = [torch.where(applies, g, b) for g, b in zip(grads, buffers, strict=True)]
-            torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
-            updates = torch._foreach_lerp(grads, buffers, group["momentum"])
+            torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])  # pyright: ignore[reportPrivateImportUsage]
+            updates = torch._foreach_lerp(grads, buffers, group["momentum"])  # pyright: ignore[reportPrivateImportUsage]
             if group["weight_decay"]:
                 decay = group["lr"] * group["weight_decay"]
-                torch._foreach_mul_(weights, 1 - decay if keep is None else 1 - decay * keep)
+                torch._foreach_mul_(weights, 1 - decay if keep is None else 1 - decay * keep)  # pyright: ignore[reportPrivateImportUsage]
             self._descend(params, weights, list(updates), group["lr"], keep)
 
     def _descend(
@@ -202,7 +198,7 @@ def _layout(parameter: nn.Parameter, heights: tuple[int, ...], mesh: "DeviceMesh
     placements = dict(zip(own.mesh_dim_names, parameter.placements, strict=True)) if own is not None else {}  # pyright: ignore[reportAttributeAccessIssue]
     if mesh is None or not set(placements) <= set(mesh.mesh_dim_names or ()):
         mesh = own
-    axes: list[tuple["DeviceMesh", int | None]] = []
+    axes: list[tuple[DeviceMesh, int | None]] = []
     for name in (mesh.mesh_dim_names or ()) if mesh is not None else ():
         assert mesh is not None
         dim = getattr(placements.get(name), "dim", None)
@@ -228,8 +224,3 @@ def _layout(parameter: nn.Parameter, heights: tuple[int, ...], mesh: "DeviceMesh
         start += here
     assert start == local(parameter).shape[-2], "the rows of stacked matrices must divide evenly"
     return result
-
-
-def local(tensor: Tensor) -> Tensor:
-    """The part of a DTensor that this process holds, in the same memory; all of an ordinary tensor."""
-    return tensor.to_local() if hasattr(tensor, "placements") else tensor  # pyright: ignore[reportCallIssue]

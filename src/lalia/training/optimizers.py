@@ -10,17 +10,16 @@ from lalia.model.transformer import Transformer
 from lalia.training.adamw import AdamW, AdamW8bit
 from lalia.training.config import OptimizerConfig
 from lalia.training.muon import Muon
+from lalia.training.optimizer_base import Optimizer
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 REFERENCE_WIDTH = 256
-"""Width for which AdamW's learning rates are stated."""
+"""Width for which the rates that depend on it are stated."""
 
 
-def make_optimizers(
-    model: Transformer, settings: OptimizerConfig, mesh: "DeviceMesh | None" = None
-) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: Transformer, settings: OptimizerConfig, mesh: "DeviceMesh | None" = None) -> list[Optimizer]:
     """The optimizers of a model, as its weights lie on this process (so after `parallelize`).
 
     Every parameter group has its "role" (matrix, head, embedding or scalar), the "names" of its parameters, and its
@@ -35,16 +34,23 @@ def make_optimizers(
         UserError: if `settings.kind` needs torchao and it is missing, or the layout does not suit it.
     """
     heights = {id(p): h for p, h in matrix_heights(model)}
+    decays = {"matrix": weight_decay(settings, model.config.hidden_size)}
     groups: dict[str, dict[str, Any]] = {
-        role: {"role": role, "params": [], "names": [], "lr": rate, "betas": settings.betas, "weight_decay": 0.0}
+        role: {
+            "role": role,
+            "params": [],
+            "names": [],
+            "lr": rate,
+            "betas": settings.betas,
+            "weight_decay": decays.get(role, 0.0),
+        }
         for role, rate in learning_rates(settings, model.config.hidden_size).items()
     }
-    groups["matrix"]["weight_decay"] = settings.weight_decay
     for name, parameter in model.named_parameters():
         group = groups["matrix" if id(parameter) in heights else _role(model, name, parameter)]
         group["params"].append(parameter)
         group["names"].append(name)
-    optimizers: list[torch.optim.Optimizer] = []
+    optimizers: list[Optimizer] = []
     if settings.kind == "muon":
         matrices = groups.pop("matrix")
         pairs = [(p, heights[id(p)]) for p in matrices.pop("params")]
@@ -52,7 +58,7 @@ def make_optimizers(
             pairs,
             lr=matrices["lr"],
             momentum=settings.momentum,
-            weight_decay=settings.weight_decay,
+            weight_decay=matrices["weight_decay"],
             dtype=iteration_dtype(model),
             mesh=mesh,
         )
@@ -67,9 +73,14 @@ def make_optimizers(
 
 
 def learning_rates(settings: OptimizerConfig, width: int) -> dict[str, float]:
-    """Peak learning rate of each role in a model of some width.
+    """Peak learning rate of each role in a model of some width, so that settings found at one width serve others.
 
-    TODO
+    - Matrices under Muon: the same. Its updates have spectral norm sqrt(max(1, rows / columns)) whatever the size, the
+      condition for features to change equally at every width (Yang et al. 2023, arXiv 2310.17813).
+    - Matrices under AdamW: times 256 / width (Yang et al. 2022, arXiv 2203.03466, table 8). AdamW changes every element
+      by about the learning rate; along the features a layer reads these changes add up.
+    - Embedding: times (256 / width)^0.5, as nanochat has it and as we measured (LOG.md).
+    - Head and scalars: the same. The head starts at almost zero, and its best rate hardly moved (LOG.md).
     """
     matrix = settings.matrix_learning_rate
     if settings.kind != "muon":
@@ -77,9 +88,18 @@ def learning_rates(settings: OptimizerConfig, width: int) -> dict[str, float]:
     return {
         "matrix": matrix,
         "head": settings.head_learning_rate,
-        "embedding": settings.embedding_learning_rate,
+        "embedding": settings.embedding_learning_rate * (REFERENCE_WIDTH / width) ** 0.5,
         "scalar": settings.scalar_learning_rate,
     }
+
+
+def weight_decay(settings: OptimizerConfig, width: int) -> float:
+    """Decay of the matrices in a model of some width, such that learning rate times decay is the same at every width.
+
+    That product is one over the number of steps that the weights remember (Wang and Aitchison 2024, arXiv 2405.13698).
+    So Muon's decay stays, and AdamW's grows as its rate falls. A run of k times the steps wants a k-th of the decay.
+    """
+    return settings.weight_decay * (1.0 if settings.kind == "muon" else width / REFERENCE_WIDTH)
 
 
 def _role(model: Transformer, name: str, parameter: nn.Parameter) -> str:

@@ -10,7 +10,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from lalia.training import muon
-from lalia.training.muon import Muon, local, orthogonalize
+from lalia.training.muon import Muon, orthogonalize
+from lalia.training.optimizer_base import local
 from lalia.training.parallel.world import ParallelConfig, start
 from tests.training.parallel.ranks import run
 
