@@ -274,6 +274,22 @@ def test_goodput_counts_from_the_first_start_even_before_any_checkpoint(clock: C
         assert first_start(log) is None
 
 
+def test_going_back_inside_a_process_counts_what_is_done_again_once(clock: Clock) -> None:
+    meters = make(clock)
+    meters.start()
+    run(meters, clock, 20)
+    state = meters.state()
+    run(meters, clock, 20)
+    clock.synchronize()
+    meters.load(state)
+    meters.start()
+    run(meters, clock, 20)
+    found = meters.read()
+    assert found["tokens"] == 40 * 750
+    assert found["seconds"] == pytest.approx(20.0)
+    assert found["goodput"] == pytest.approx(20 / 30, rel=0.01)
+
+
 @pytest.mark.parametrize("wall", [0.0, 4000.0, 5019.0])
 def test_a_clock_that_goes_backwards(clock: Clock, wall: float) -> None:
     first = make(clock, wall=5000.0)

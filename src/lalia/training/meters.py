@@ -19,9 +19,9 @@ WARMUP_STEPS = 3
 """Steps of a process that no speed counts: allocators, autotuning and compilation are theirs."""
 
 FLOPS_FORMULA = (
-    "6 per matrix weight (the head included, the embedding not; of experts the chosen ones and the router) + 12 * heads "
-    "* head_dim * min(window, sequence length) per layer, forward and backward, not halved for causality, nothing "
-    "counted twice for recomputed activations"
+    "6 per matrix weight (the head included, the embedding not; of experts the chosen ones and the router) + 12 * "
+    "heads * head_dim * min(window, sequence length) per layer; forward and backward, not halved for causality, "
+    "recomputed activations not counted again"
 )
 """What `ModelConfig.flops_per_token` counts, for whoever reads a figure made with it."""
 
@@ -215,10 +215,11 @@ class Meters:
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Continue from the state of a checkpoint; `start` comes after it."""
+        """Continue from the state of a checkpoint; `start` comes after it. What was counted since then is forgotten."""
         self.total, self.steady = _Counts(**state["total"]), _Counts(**state["steady"])
         self.phases = dict(state["phases"])
         self.first_started, self._elapsed_before = state["first_started"], state["elapsed_seconds"]
+        self._recent, self._pending, self._trained = _Counts(), _Counts(), 0
 
     def _utilisation(self, counts: _Counts) -> dict[str, float]:
         speed = counts.flops / max(counts.seconds, 1e-9) / self.num_devices
