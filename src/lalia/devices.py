@@ -79,7 +79,7 @@ def make_deterministic() -> None:
         if found not in DETERMINISTIC_WORKSPACES:
             raise UserError(
                 f"pretrain.deterministic = true needs {CUBLAS_WORKSPACE}={' or '.join(DETERMINISTIC_WORKSPACES)} "
-                f"before the first use of the GPU, it is {found or 'not set'}; set it in the environment and start again"
+                f"before the first use of the GPU, it is {found or 'not set'}; set it and start again"
             )
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     torch.use_deterministic_algorithms(True)
