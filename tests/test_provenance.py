@@ -33,7 +33,7 @@ def git(root: Path, *arguments: str, stdin: bytes = b"") -> None:
 
 
 def test_a_clean_tree_has_a_commit_and_no_diff(checkout: Path, tmp_path: Path) -> None:
-    record_start(tmp_path, ["lalia", "run"])
+    record_start(tmp_path, "1.0", ["lalia", "run"])
     [start] = read_starts(tmp_path)
     assert start["diff"] is None and not list(tmp_path.glob("code-*"))
     assert start["argv"] == ["lalia", "run"]
@@ -46,7 +46,7 @@ def test_the_diff_rebuilds_the_code(checkout: Path, tmp_path: Path) -> None:
     (package / "new.py").write_text("depth = 3\n")
     (checkout / "notes.txt").write_text("more private things\n")
     wanted = source_sha256()
-    record_start(tmp_path)
+    record_start(tmp_path, "1.0")
     [start] = read_starts(tmp_path)
     diff = (tmp_path / start["diff"]).read_bytes()
     assert start["commit"].endswith("-dirty") and start["source_sha256"] == wanted
@@ -72,27 +72,27 @@ def test_without_git_the_hash_of_the_files_remains(
     monkeypatch.setattr(provenance, "PACKAGE", tmp_path / "nowhere" / "src" / "lalia")
     (tmp_path / "nowhere" / "src").mkdir(parents=True)
     (checkout / "src" / "lalia").rename(tmp_path / "nowhere" / "src" / "lalia")
-    record_start(tmp_path)
+    record_start(tmp_path, "1.0")
     [start] = read_starts(tmp_path)
     assert (start["commit"], start["diff"], start["source_sha256"]) == (None, None, expected)
 
 
 def test_every_process_of_a_run_is_listed_and_damage_stops_nothing(tmp_path: Path) -> None:
     for number in range(3):
-        record_start(tmp_path, [str(number)])
+        record_start(tmp_path, "1.0", [str(number)])
     assert [start["argv"] for start in read_starts(tmp_path)] == [["0"], ["1"], ["2"]]
     (tmp_path / "run.json").write_text("{")
     assert read_starts(tmp_path) == []
-    record_start(tmp_path, ["3"])
+    record_start(tmp_path, "1.0", ["3"])
     assert [start["argv"] for start in read_starts(tmp_path)] == [["3"]]
 
 
 def test_only_named_variables_are_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", SECRET)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    record_start(tmp_path)
+    record_start(tmp_path, "1.0")
     assert not any(SECRET.encode() in path.read_bytes() for path in tmp_path.iterdir() if path.suffix == ".json")
-    found = environment()
+    found = environment("1.0")
     assert found == json.loads((tmp_path / "environment.json").read_text())
     assert found["OMP_NUM_THREADS"] == "1" and found["torch"] and found["numpy"] and found["cores"] >= 1
 
@@ -102,4 +102,4 @@ def test_gpus_are_described_by_their_driver(tmp_path: Path, monkeypatch: pytest.
     program.write_text("#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 570.1, 700.00 W'\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    assert environment()["gpus"] == ["NVIDIA H100 80GB HBM3, driver 570.1, limit 700.00 W"]
+    assert environment("1.0")["gpus"] == ["NVIDIA H100 80GB HBM3, driver 570.1, limit 700.00 W"]

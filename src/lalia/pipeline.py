@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lalia import __version__
 from lalia.devices import process_rank
 from lalia.errors import CorruptFile, UserError
 from lalia.files import fingerprint, read_json, replace_directory, run_lock, write_json, write_text
@@ -324,7 +325,7 @@ def _explain(error: OSError, folder: Path, stage: str) -> str:
 def _record_start(run: Run) -> None:
     try:
         write_text(run.folder / "recipe.toml", to_toml(run.recipe.model_dump(mode="json")))
-        record_start(run.folder)
+        record_start(run.folder, __version__)
     except OSError as error:
         raise UserError(_explain(error, run.folder, "start")) from error
     run.progress.record("start", argv=sys.argv)

@@ -14,7 +14,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from lalia import __version__
 from lalia.devices import cpu_name, memory_bytes, num_cpus
 from lalia.errors import CorruptFile
 from lalia.files import read_json, write_bytes, write_json
@@ -42,21 +41,22 @@ CHECKOUT = PACKAGE.parents[1]
 """The source tree, if the package is not installed as a wheel."""
 
 
-def record_start(folder: Path, argv: list[str] | None = None) -> None:
+def record_start(folder: Path, lalia: str, argv: list[str] | None = None) -> None:
     """Write what this process is: environment.json, one more entry in run.json, and code-HASH.diff.
 
     run.json keeps an entry for every process that worked on the run, so that a run which was continued with other code
     shows it. The diff is that of the package's source tree against its commit; there is none if nothing was changed.
+    `lalia` is the package's version.
     """
     diff = code_diff()
     name = f"code-{hashlib.sha256(diff).hexdigest()[:12]}.diff" if diff else None
     if name and not (folder / name).exists():
         write_bytes(folder / name, diff)
-    write_json(folder / "environment.json", environment())
+    write_json(folder / "environment.json", environment(lalia))
     entry = {
         "time": round(time.time(), 3),
         "argv": sys.argv if argv is None else argv,
-        "lalia": __version__,
+        "lalia": lalia,
         "commit": commit(),
         "source_sha256": source_sha256(),
         "diff": name,
@@ -75,10 +75,10 @@ def read_starts(folder: Path) -> list[dict[str, Any]]:
     return [start for start in starts if isinstance(start, dict)] if isinstance(starts, list) else []
 
 
-def environment() -> dict[str, Any]:
+def environment(lalia: str) -> dict[str, Any]:
     """Machine and versions that a run's figures depend on."""
     found: dict[str, Any] = {
-        "lalia": __version__,
+        "lalia": lalia,
         "commit": commit(),
         "python": platform.python_version(),
         **{name: number for name in PACKAGES if (number := _version(name))},
