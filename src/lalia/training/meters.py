@@ -272,8 +272,10 @@ def measured_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.3
     return 2.0 * size**3 / best
 
 
-def first_start(log: Path) -> float | None:
+def first_start(log: Path | None) -> float | None:
     """When the first process of a run began, by the first line of its metrics.jsonl; None if that cannot be told."""
+    if log is None:
+        return None
     try:
         with log.open(encoding="utf-8") as lines:
             when = json.loads(next(lines))["time"]
