@@ -15,6 +15,7 @@ EXTRAS = {
     "serve": ("fastapi", "lalia serve: chat page and API"),
     "hub": ("huggingface_hub", "lalia pull hf:ORG/NAME"),
     "onnx": ("onnxruntime", "lalia convert --to onnx"),
+    "tensorboard": ("tensorboard", "curves in TensorBoard"),
     "compare": ("tiktoken", "bytes per token beside GPT-2 and cl100k"),
 }
 """Extra: a package it brings, and what for."""
