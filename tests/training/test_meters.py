@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import lalia.model.transformer
 from lalia.model.config import ModelConfig
 from lalia.model.transformer import Transformer
-from lalia.training.meters import Meters, first_start, measured_peak
+from lalia.training.meters import Meters, first_start, meters_of
+from lalia.training.parallel.world import World
 from lalia.training.trainer import initialize
 from tests.model.test_families import CONFIGS
 
@@ -307,6 +308,13 @@ def test_a_clock_that_goes_backwards(clock: Clock, wall: float) -> None:
     assert all(value >= 0 for value in found.values())
 
 
-def test_measured_peak_is_that_of_a_matrix_product() -> None:
-    peak = measured_peak(CPU, torch.float32, seconds=0.02)
-    assert 1e8 < peak < 1e14
+def test_peaks_of_the_device_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Transformer(CONFIGS["qwen3"])
+    meters = meters_of(model, World.alone(), "float32")
+    assert meters.peaks.keys() == {"measured"}  # no datasheet has a processor
+    assert 1e8 < meters.peaks["measured"] < 1e14
+    assert "no datasheet peak is known for" in meters.summary()["no_mfu"]
+    monkeypatch.setattr("lalia.training.meters.device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    assert meters_of(model, World.alone(), "bfloat16").peaks["datasheet"] == 989e12
+    monkeypatch.setattr("lalia.training.meters.device_name", lambda device: "NVIDIA H100 80GB HBM3 MIG 1g.10gb")
+    assert "datasheet" not in meters_of(model, World.alone(), "bfloat16").peaks

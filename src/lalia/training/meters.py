@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -13,7 +12,10 @@ import torch
 from torch import Tensor
 
 from lalia.devices import peak_memory_bytes
-from lalia.model.functions import linear
+from lalia.model.transformer import Transformer
+from lalia.training.hardware import datasheet_flops, device_name, measured_flops
+from lalia.training.hardware import synchronize as wait_for
+from lalia.training.parallel.world import World
 
 WARMUP_STEPS = 3
 """Steps of a process that no speed counts: allocators, autotuning and compilation are theirs."""
@@ -77,7 +79,7 @@ class Meters:
         self.flops_per_token, self.device, self.num_devices = flops_per_token, device, num_devices
         self.peaks, self.no_peak, self.warmup_steps = dict(peaks or {}), no_peak, warmup_steps
         self.clock, self.wall_clock = clock, wall_clock
-        self.synchronize = synchronize or (lambda: synchronize_device(device))
+        self.synchronize = synchronize or (lambda: wait_for(device))
         self.total = _Counts()
         """Since the run began; steps that a restart had to repeat count once."""
         self.steady = _Counts()
@@ -243,33 +245,15 @@ class Meters:
         return passed
 
 
-def synchronize_device(device: torch.device) -> None:
-    """Wait until the device has computed what it was given; a CPU already has."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
-
-
-def measured_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
-    """Operations per second of one large matrix product here and now: the best of what fits into `seconds`.
-
-    What the device is worth for training: the datasheet's figure supposes clocks that it does not hold under load, and
-    processors have none.
-    """
-    size = 1024 if device.type == "cpu" else 8192
-    a = torch.randn(size, size, device=device).to(dtype)
-    best, deadline = math.inf, math.inf
-    with torch.no_grad():
-        linear(a, a)  # warms up
-        synchronize_device(device)
-        while best == math.inf or time.perf_counter() < deadline:
-            began = time.perf_counter()
-            linear(a, a)
-            synchronize_device(device)
-            ended = time.perf_counter()
-            best, deadline = min(best, ended - began), min(deadline, began + seconds)
-    return 2.0 * size**3 / best
+def meters_of(model: Transformer, world: World, precision: str) -> Meters:
+    """Meters of a training with the peaks of its device: measured now (a tenth of a second), and the datasheet's."""
+    name = device_name(world.device)
+    peaks = {"measured": measured_flops(world.device, precision, seconds=0.1)}
+    stated = datasheet_flops(name, precision)
+    if stated is not None:
+        peaks["datasheet"] = stated
+    why = f"no datasheet peak is known for {name!r} in {precision}"
+    return Meters(model.config.flops_per_token, world.device, world.size, peaks, why)
 
 
 def first_start(log: Path | None) -> float | None:

@@ -16,6 +16,7 @@ from lalia.progress import Progress
 from lalia.tokenizer.bpe import Tokenizer
 from lalia.training.bits_per_byte import bits_per_byte
 from lalia.training.config import TrainingConfig
+from lalia.training.meters import meters_of
 from lalia.training.objectives import next_token
 from lalia.training.parallel.state import full_state
 from lalia.training.parallel.world import World, start
@@ -72,6 +73,7 @@ def pretrain(
         world,
         evaluate=evaluate,
         evaluation_steps=evenly_spaced(steps, config.evaluations),
+        meters=meters_of(model, world, values["precision"]),
     )
     happened = trainer.train()
     happened |= {"bits_per_byte": evaluate.last, "peak_memory_bytes": peak_memory_bytes(), "packing": packed.report()}
