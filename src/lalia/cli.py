@@ -11,6 +11,7 @@ from lalia import __version__
 from lalia.arguments import Json, Model, model_folder, print_json, standard_input
 from lalia.errors import UserError
 from lalia.model_verbs import app as model_verbs
+from lalia.run_verbs import app as run_verbs
 
 app = typer.Typer(
     name="lalia",
@@ -263,6 +264,7 @@ def serve(
     )
 
 
+app.add_typer(run_verbs)
 app.add_typer(model_verbs)
 
 

@@ -4,6 +4,8 @@ import os
 import platform
 from pathlib import Path
 
+from lalia.errors import UserError
+
 
 def num_cpus() -> int:
     """Processors this process may use."""
@@ -58,3 +60,33 @@ def use_threads(count: int | None = None) -> int:
     if torch.get_num_threads() != count:
         torch.set_num_threads(count)
     return count
+
+
+def make_deterministic() -> None:
+    """Let PyTorch use only algorithms that give the same bits every time, and refuse operations that have none.
+
+    On a CPU a run repeats bit for bit without it, with the same number of threads; on a GPU it costs speed.
+
+    Raises:
+        UserError: if cuBLAS has begun, or was told, to work with buffers that make its results vary.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        found = os.environ.get(CUBLAS_WORKSPACE)
+        if found is None and not torch.cuda.is_initialized():
+            os.environ[CUBLAS_WORKSPACE] = found = DETERMINISTIC_WORKSPACES[0]
+        if found not in DETERMINISTIC_WORKSPACES:
+            raise UserError(
+                f"pretrain.deterministic = true needs {CUBLAS_WORKSPACE}={' or '.join(DETERMINISTIC_WORKSPACES)} "
+                f"before the first use of the GPU, it is {found or 'not set'}; set it and start again"
+            )
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    torch.use_deterministic_algorithms(True)
+    # By default it also fills all new memory with NaN, which shows reads of it and changes no result.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
+
+
+CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+DETERMINISTIC_WORKSPACES = (":4096:8", ":16:8")
+"""Those that NVIDIA's cuBLAS documentation calls reproducible."""

@@ -16,6 +16,7 @@ EXTRAS = {
     "hub": ("huggingface_hub", "lalia pull hf:ORG/NAME"),
     "onnx": ("onnxruntime", "lalia convert --to onnx"),
     "lowbit": ("torchao", "optimizer states of 8 bits"),
+    "tensorboard": ("tensorboard", "curves in TensorBoard"),
     "compare": ("tiktoken", "bytes per token beside GPT-2 and cl100k"),
 }
 """Extra: a package it brings, and what for."""

@@ -11,9 +11,7 @@ process does, all take part in the stages that train `together`, and the others 
 
 import contextlib
 import json
-import platform
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -26,6 +24,7 @@ from lalia.devices import process_rank
 from lalia.errors import CorruptFile, UserError
 from lalia.files import fingerprint, read_json, replace_directory, run_lock, write_json, write_text
 from lalia.progress import Progress
+from lalia.provenance import record_start
 from lalia.recipe import Recipe, load_recipe, read_toml, to_toml
 
 
@@ -326,40 +325,10 @@ def _explain(error: OSError, folder: Path, stage: str) -> str:
 def _record_start(run: Run) -> None:
     try:
         write_text(run.folder / "recipe.toml", to_toml(run.recipe.model_dump(mode="json")))
-        write_json(run.folder / "environment.json", environment())
+        record_start(run.folder, __version__)
     except OSError as error:
         raise UserError(_explain(error, run.folder, "start")) from error
     run.progress.record("start", argv=sys.argv)
-
-
-def environment() -> dict[str, Any]:
-    """Machine and versions that a run's figures depend on."""
-    from importlib.metadata import version
-
-    from lalia.devices import cpu_name, memory_bytes, num_cpus
-
-    return {
-        "lalia": __version__,
-        "commit": _commit(),
-        "python": platform.python_version(),
-        "torch": version("torch"),
-        "platform": platform.platform(),
-        "cpu": cpu_name(),
-        "cores": num_cpus(),
-        "memory_bytes": memory_bytes(),
-    }
-
-
-def _commit() -> str | None:
-    root = Path(__file__).parents[2]
-    if not (root / ".git").exists():
-        return None
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    except OSError:
-        return None
-    return done.stdout.strip() or None
 
 
 def read_receipts(folder: Path, names: Iterable[str]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from lalia.evaluation.charts import Bar, Point, Reference, bar_chart, line_chart, thin, ticks
+from lalia.evaluation.charts import Bar, Line, Point, Reference, bar_chart, line_chart, lines_chart, thin, ticks
 
 
 def elements(svg, tag, css=None):
@@ -72,3 +72,12 @@ def test_ticks_are_round_and_enclose_the_values(low, high):
     step = found[1] - found[0]
     assert float(f"{step:.0e}") == pytest.approx(step)
     assert f"{step:.0e}"[0] in "125"
+
+
+def test_each_line_has_its_own_class_and_name():
+    chart = lines_chart(
+        [Line("a", [Point(0, 1, "p")]), Line("b", [Point(4, 2, "q"), Point(2, math.nan, "r")])], "x", "y"
+    )
+    groups = [e for e in ElementTree.fromstring(str(chart)) if e.get("class", "").startswith("line-")]
+    assert [[t.text for t in group.iter("title")] for group in groups] == [["a: p"], ["b: q"]]
+    assert lines_chart([Line("a", []), Line("b", [])], "x", "y") == ""

@@ -171,3 +171,18 @@ def test_bfloat16_activations_train_too(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, model=model)
     trainer.train()
     assert all(value.dtype == torch.float32 for value in weights(trainer).values())
+
+
+def test_meters_count_a_step_that_was_lost_once(tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        make_trainer(tmp_path, batches=DyingBatches(7), checkpoint_seconds=1e9, evaluation_steps=frozenset({4})).train()
+    happened = make_trainer(tmp_path, evaluate=lambda step: {"bits_per_byte": 1.0}).train()
+    assert happened["tokens"] == sum(RandomBatches().batch(step).num_targets for step in range(12))
+    assert happened["processed_tokens"] == 12 * 6 * 16
+    assert happened["flops"] == happened["processed_tokens"] * tiny_model().config.flops_per_token(16)
+    assert 0 < happened["goodput"] < 1
+    assert happened["training_seconds"] > 0 and happened["checkpoint_seconds"] > 0
+    events = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [e["event"] for e in events].count("start") == 2
+    tokens = [e["tokens"] for e in events if e["event"] == "step"]
+    assert tokens == sorted(tokens) and tokens[-1] == happened["tokens"]

@@ -30,6 +30,13 @@ class Point(NamedTuple):
     title: str
 
 
+class Line(NamedTuple):
+    """One of several lines of a chart: whose it is, and its points in order of x."""
+
+    name: str
+    points: Sequence[Point]
+
+
 class Reference(NamedTuple):
     """A horizontal dashed line to compare with; the text around the chart says what it is."""
 
@@ -72,20 +79,29 @@ def bar_chart(bars: Sequence[Bar], description: str) -> Markup:
 def line_chart(
     points: Sequence[Point], x_label: str, y_label: str, references: Sequence[Reference] = (), width: int = 680
 ) -> Markup:
-    """One line with axes, units and hover titles; at most 240 points are drawn, each the mean of its neighbours.
+    """One line with axes, units and hover titles: `lines_chart` of a single line."""
+    return lines_chart([Line("", points)], x_label, y_label, references, width)
+
+
+def lines_chart(
+    lines: Sequence[Line], x_label: str, y_label: str, references: Sequence[Reference] = (), width: int = 680
+) -> Markup:
+    """Lines with axes, units and hover titles; at most 240 points of each are drawn, each the mean of its neighbours.
 
     `points` come in order of x, which begins at 0. Points that are not finite are left out. The vertical axis does not
-    begin at zero: it spans the values.
+    begin at zero: it spans the values. The number of a line stands in its class (line-0, line-1, ...), for its colour.
     """
-    points = thin([point for point in points if math.isfinite(point.x) and math.isfinite(point.y)])
+    drawn = [thin([p for p in line.points if math.isfinite(p.x) and math.isfinite(p.y)]) for line in lines]
+    points = [point for some in drawn for point in some]
     if not points:
         return Markup("")
     height, left, right, top, bottom = 280, 46, 14, 30, 46
-    x_ticks = ticks(0, points[-1].x, 5 if width < 500 else 8)
+    last = max(point.x for point in points)
+    x_ticks = ticks(0, last, 5 if width < 500 else 8)
     lowest = min([point.y for point in points] + [reference.y for reference in references])
     highest = max([point.y for point in points] + [reference.y for reference in references])
     y_ticks = ticks(lowest, highest, 5)
-    x_low, x_high = 0.0, points[-1].x or 1.0
+    x_low, x_high = 0.0, last or 1.0
     y_low, y_high = min(y_ticks[0], lowest), max(y_ticks[-1], highest)
 
     def x_at(x: float) -> float:
@@ -122,16 +138,19 @@ def line_chart(
                 left, width - right, reference.title, y=y_at(reference.y)
             )
         )
-    path = " ".join(f"{x_at(point.x)},{y_at(point.y)}" for point in points)
-    parts.append(Markup('<polyline class="line" points="{}"/>').format(path))
-    dots = "dot" if len(points) <= 40 else "dot hidden"
-    for point in points:  # the wide invisible circle is what a pointer can hit
-        parts.append(
-            Markup(
-                '<g class="point"><title>{}</title><circle class="hit" cx="{x}" cy="{y}" r="8"/>'
-                '<circle class="{}" cx="{x}" cy="{y}" r="3"/></g>'
-            ).format(point.title, dots, x=x_at(point.x), y=y_at(point.y))
-        )
+    for number, (line, some) in enumerate(zip(lines, drawn, strict=True)):
+        path = " ".join(f"{x_at(point.x)},{y_at(point.y)}" for point in some)
+        parts.append(Markup('<g class="line-{}"><polyline class="line" points="{}"/>').format(number, path))
+        dots = "dot" if len(some) <= 40 else "dot hidden"
+        for point in some:  # the wide invisible circle is what a pointer can hit
+            title = f"{line.name}: {point.title}" if line.name else point.title
+            parts.append(
+                Markup(
+                    '<g class="point"><title>{}</title><circle class="hit" cx="{x}" cy="{y}" r="8"/>'
+                    '<circle class="{}" cx="{x}" cy="{y}" r="3"/></g>'
+                ).format(title, dots, x=x_at(point.x), y=y_at(point.y))
+            )
+        parts.append(Markup("</g>"))
     parts.append(Markup("</svg>"))
     return Markup("").join(parts)
 

@@ -96,7 +96,7 @@ class LoopConfig(Settings):
     """Compile the layers with torch.compile: minutes at the start, for faster steps on a GPU."""
 
 
-RUNTIME_ONLY = {"checkpoint_seconds", "keep_checkpoints", "parallel", "timeout_seconds"}
+RUNTIME_ONLY = {"checkpoint_seconds", "keep_checkpoints", "parallel", "timeout_seconds", "tensorboard"}
 """Settings that do not change what is trained (beyond rounding): changing them redoes nothing."""
 
 
@@ -124,6 +124,10 @@ class TrainingConfig(LoopConfig):
     evaluation_bytes: int = Field(default=100_000, gt=0)
     """Bytes of held-out text that an evaluation along the run reads (the final one reads all)."""
     seed: Seed = 1
+    deterministic: bool = False
+    """Only algorithms that give the same bits every time, also on a GPU."""
+    tensorboard: bool = False
+    """Write the figures of metrics.jsonl for TensorBoard too."""
 
     @field_validator("batch_stages", "sequence_stages")
     @classmethod

@@ -8,7 +8,7 @@ import torch
 
 from lalia.data.loader import Batch, PackedBatches
 from lalia.data.shards import TokenShards
-from lalia.devices import peak_memory_bytes, use_threads
+from lalia.devices import make_deterministic, peak_memory_bytes, use_threads
 from lalia.formats.hf_folder import save_model
 from lalia.model.config import ModelConfig
 from lalia.model.transformer import Transformer
@@ -16,11 +16,13 @@ from lalia.progress import Progress
 from lalia.tokenizer.bpe import Tokenizer
 from lalia.training.bits_per_byte import bits_per_byte
 from lalia.training.config import TrainingConfig
+from lalia.training.meters import meters_of
 from lalia.training.objectives import next_token
 from lalia.training.parallel.state import full_state
 from lalia.training.parallel.world import World, start
 from lalia.training.sample import sample_text
 from lalia.training.schedule import BatchSchedule
+from lalia.training.tensorboard import TensorBoard
 from lalia.training.trainer import Trainer, initialize
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -43,9 +45,13 @@ def pretrain(
         what happened: steps, tokens, seconds, tokens per second, bits per byte, peak memory.
     """
     values = {name: entry["value"] for name, entry in plan["values"].items()}
+    if config.deterministic:
+        make_deterministic()
     world = start(config.parallel, config.timeout_seconds)
     if world.size == 1:  # otherwise whoever started the processes said how many threads each has
         use_threads(values["threads"])
+    if config.tensorboard and world.is_main:
+        progress.listeners.append(TensorBoard(out / "tensorboard"))
     tokenizer = Tokenizer.load(tokens / "tokenizer")
     model = Transformer(ModelConfig.parse(plan["model"], "plan.json"))
     initialize(model, config.seed)
@@ -67,6 +73,7 @@ def pretrain(
         world,
         evaluate=evaluate,
         evaluation_steps=evenly_spaced(steps, config.evaluations),
+        meters=meters_of(model, world, values["precision"]),
     )
     happened = trainer.train()
     happened |= {"bits_per_byte": evaluate.last, "peak_memory_bytes": peak_memory_bytes(), "packing": packed.report()}

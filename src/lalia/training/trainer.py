@@ -19,6 +19,7 @@ from lalia.training.checkpoints import Checkpoints
 from lalia.training.config import LoopConfig, OptimizerConfig
 from lalia.training.guard import StepGuard
 from lalia.training.interruption import Interruption
+from lalia.training.meters import Meters, first_start
 from lalia.training.objectives import LossModule, Objective
 from lalia.training.optimizers import make_optimizers
 from lalia.training.parallel.apply import GradientSync, gradient_norm, parallelize
@@ -54,6 +55,7 @@ class Trainer:
         loop: micro-batches, checkpoints and what to do about bad steps.
         world: the processes that train together; None means this one alone.
         unit: what the objective's weight counts, for messages.
+        meters: count and time the steps; None means meters without peaks, so without utilisation.
         evaluate: called at `evaluation_steps` and at the end (never timed as training), returns fields for the log.
     """
 
@@ -72,6 +74,7 @@ class Trainer:
         evaluate: Callable[[int], dict[str, Any]] | None = None,
         evaluation_steps: frozenset[int] = frozenset(),
         unit: str = "token",
+        meters: Meters | None = None,
     ) -> None:
         self.model, self.batches = model, batches
         self.num_steps, self.settings = num_steps, optimizer
@@ -91,14 +94,12 @@ class Trainer:
             folder, run_fingerprint, self.world, progress, self.loop.keep_checkpoints, self.milestones
         )
         self.heartbeat = Heartbeat(self.world)
+        self.meters = meters or Meters(model.config.flops_per_token, self.world.device, self.world.size)
         self.step = 0
-        self.seconds = 0.0
-        """Time spent on optimizer steps, evaluations and checkpoints excluded."""
-        self.tokens = 0
-        """Tokens trained on: predicted targets, not padding."""
         self.rewinds = 0
         self.passed_over = 0
         """Batches left out by going back: step s trains on batch s + passed_over."""
+        self._first_started: float | None = None
         self._sums: dict[str, Tensor] = {}
         """Loss, weight and metrics since the last line of the log, on the device."""
 
@@ -120,23 +121,26 @@ class Trainer:
         except BaseException:
             self.checkpoints.wait()  # whoever goes on in this folder finds nothing being written
             raise
+        figures = self.meters.summary()
         return {
             "steps": self.step,
-            "tokens": self.tokens,
-            "training_seconds": round(self.seconds, 3),
-            "tokens_per_second": round(self.tokens / max(self.seconds, 1e-9)),
+            "training_seconds": figures.pop("seconds"),
+            **figures,
             "skipped_steps": self.skipped,
             "rewinds": self.rewinds,
         }
 
     def _train(self) -> None:
         self._resume()
+        self._first_started = first_start(self.progress.log_path)
+        self.progress.record("start")
         self.model.train()
         with Interruption() as interruption:
             while self.step < self.num_steps:
                 self._run(interruption)
         self.save()  # before the last evaluation, so that nothing of the training can be lost
-        self.checkpoints.wait()
+        with self.meters.phase("checkpoint"):
+            self.checkpoints.wait()
         if self.average is not None:
             self.average.apply()
         self._evaluate()
@@ -153,21 +157,21 @@ class Trainer:
     def _run(self, interruption: Interruption) -> None:
         """Steps until the end, or until training has to go back."""
         ahead = Prefetcher(self._prepared, self.step, self.num_steps)
-        saved_at = self._began = time.perf_counter()
+        self.meters.start(self._first_started)
+        saved_at = time.perf_counter()
         try:
             while self.step < self.num_steps:
                 if self.step in self.evaluation_steps:
-                    self._pause()
                     self.save()
                     self._evaluate(averaged=True)
-                    saved_at = self._began = time.perf_counter()
+                    saved_at = time.perf_counter()
                 self.heartbeat.beat(self.step, "waiting for its batch")
-                batch = ahead.take()
+                with self.meters.waiting():
+                    batch = ahead.take()
                 self.heartbeat.beat(self.step, "computing")
                 self._train_step(batch)
                 self.step += 1
                 if self.step % self._log_every == 0 or self.step == self.num_steps:
-                    self._pause()
                     self._log()
                 if self.step % self.loop.max_skipped == 0 and int(self.guard.counts[2]) >= self.loop.max_skipped:
                     self._go_back()
@@ -175,9 +179,8 @@ class Trainer:
                 due = time.perf_counter() - saved_at > self.loop.checkpoint_seconds
                 stopped, due = self.world.agree(interruption.received is not None, due)
                 if (stopped or due or self.step in self.milestones) and self.step < self.num_steps:
-                    self._pause()
                     self.save()
-                    saved_at = self._began = time.perf_counter()
+                    saved_at = time.perf_counter()
                 if stopped:
                     self._leave(interruption)
         finally:
@@ -189,14 +192,6 @@ class Trainer:
         name = interruption.received.name if interruption.received else "a signal to another process"
         self.progress.say(f"stopped by {name} at step {self.step}, which is saved; the same command continues there")
         interruption.leave()
-
-    def _pause(self) -> None:
-        """Add the time since the last pause to `seconds`, the device's work included."""
-        if self.world.device.type == "cuda":
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        self.seconds += now - self._began
-        self._began = now
 
     def _prepared(self, step: int) -> Batch:
         """This process's part of a step's batch."""
@@ -244,6 +239,8 @@ class Trainer:
         if self.average is not None:
             self.average.update(self.step, keep)
         self.model.zero_grad(set_to_none=True)
+        rows, length = batch.tokens.shape
+        self.meters.step(rows * self.world.data_size, length * self.world.layout.context, sums["weight"])
         sums["skipped"] = 1.0 - keep.double()
         for key, value in sums.items():
             self._sums[key] = self._sums.get(key, 0.0) + value
@@ -273,42 +270,44 @@ class Trainer:
         )
 
     def _log(self) -> None:
+        figures = self.meters.read()
         sums = {key: float(value) for key, value in self._sums.items()}
         self._sums = {}
         weight, skipped = sums.pop("weight"), int(sums.pop("skipped"))
-        self.tokens += round(weight)
         means = {key: value / max(weight, 1.0) for key, value in sums.items()}
         if skipped:
             self.progress.say(
                 f"warning: {skipped} of the last steps to {self.step} skipped: loss or gradient norm not finite, or "
                 f"far above what it had been (loss {means['loss']:.3f})"
             )
-        speed = self.tokens / max(self.seconds, 1e-9)
-        remaining = (self.num_steps - self.step) * self.seconds / self.step
+        seconds = figures["seconds"]
+        remaining = (self.num_steps - self.step) * seconds / self.step
         self.progress.record(
             "step",
             step=self.step,
             **{key: round(value, 5) for key, value in means.items()},
             learning_rate=self.optimizers[0].param_groups[0]["lr"],
-            tokens=self.tokens,
-            seconds=round(self.seconds, 3),
-            tokens_per_second=round(speed),
+            **figures,
             skipped=self.skipped,
         )
         if self.step % (self._log_every * 5) == 0 or self.step == self.num_steps:
             self.progress.say(
                 f"step {self.step:>6}/{self.num_steps}  loss {means['loss']:.3f} nats/{self.unit}  "
-                f"{speed:>7,.0f} {self.unit}s/s  {_clock(self.seconds)} done, {_clock(remaining)} to go"
+                f"{figures['tokens_per_second']:>7,} {self.unit}s/s  {_clock(seconds)} done, {_clock(remaining)} to go"
             )
 
     def _evaluate(self, averaged: bool = False) -> None:
         if self.evaluate is None:
             return
         self.model.eval()
-        with self.average.applied() if self.average is not None and averaged else contextlib.nullcontext():
+        average = self.average.applied() if self.average is not None and averaged else contextlib.nullcontext()
+        with self.meters.phase("evaluation"), average:
             fields = self.evaluate(self.step)
         self.model.train()
-        self.progress.record("evaluation", step=self.step, seconds=round(self.seconds, 3), **fields)
+        trained = self.meters.total
+        self.progress.record(
+            "evaluation", step=self.step, tokens=trained.trained, seconds=round(trained.seconds, 3), **fields
+        )
         self.progress.say(
             f"step {self.step:>6}/{self.num_steps}  "
             + "  ".join(f"{key.replace('_', ' ')} {value:.3f}" for key, value in fields.items() if _is_number(value))
@@ -319,14 +318,10 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint of everything that the remaining steps depend on, beside the training."""
-        meta = {
-            "seconds": self.seconds,
-            "tokens": self.tokens + round(float(self._sums.get("weight", 0.0))),
-            "rewinds": self.rewinds,
-            "passed_over": self.passed_over,
-        }
         self.heartbeat.beat(self.step, "saving")
-        self.checkpoints.save(self.step, self._state(), meta)
+        with self.meters.phase("checkpoint"):
+            meta = {"meters": self.meters.state(), "rewinds": self.rewinds, "passed_over": self.passed_over}
+            self.checkpoints.save(self.step, self._state(), meta)
 
     def _state(self) -> dict[str, Tensor]:
         state = saved_state(self.model, self.optimizers) | self.guard.state()
@@ -348,7 +343,7 @@ class Trainer:
         if found is None:
             return False
         self.step, meta = found
-        self.seconds, self.tokens = meta["seconds"], meta["tokens"]
+        self.meters.load(meta["meters"])
         self.rewinds, self.passed_over = meta["rewinds"], meta["passed_over"]
         return True
 
