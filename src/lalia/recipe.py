@@ -26,7 +26,7 @@ class Recipe(Settings):
     data: DataConfig = DataConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     model: ArchitectureConfig = ArchitectureConfig()
-    pretrain: TrainingConfig = TrainingConfig(budget="6 minutes")
+    pretrain: TrainingConfig = TrainingConfig()
     finetune: FinetuneConfig = FinetuneConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
 

@@ -133,9 +133,9 @@ def measured_flops(device: torch.device, precision: str, seconds: float = 0.3, s
         device: where to measure.
         precision: float32, bfloat16 or float16.
         seconds: how long to measure, after one product that warms up.
-        size: rows and columns; None means 1,024 on a CPU, 8,192 elsewhere.
+        size: rows and columns; None means 512 on a CPU, 8,192 elsewhere.
     """
-    size = size or (1024 if device.type == "cpu" else 8192)
+    size = size or (512 if device.type == "cpu" else 8192)
     a, b = (torch.randn(size, size, device=device, dtype=DTYPES[precision]) for _ in range(2))
     out = torch.empty_like(a)
     torch.mm(a, b, out=out)
