@@ -43,9 +43,10 @@ class Law:
 
     Attributes:
         draws: (laws, 6): floor, size, size_exponent, data, data_exponent and relative noise of laws that explain the
-            runs about as well as the best one. Predictions are their median, intervals their spread.
+            runs about as well as the best one; intervals are their spread.
         source: where it comes from.
-        points: the runs it was fitted to.
+        largest: most matrix weights and effective bytes of the runs it was fitted to.
+        points: those runs, where they are known.
     """
 
     floor: float
@@ -55,11 +56,13 @@ class Law:
     data_exponent: float
     draws: np.ndarray
     source: str
+    largest: tuple[float, float]
     points: tuple[RunPoint, ...] = ()
 
     def bits_per_byte(self, matrix_parameters: float, effective_bytes: float) -> float:
-        """What to expect on held-out text."""
-        return float(np.median(self._of_draws(matrix_parameters, effective_bytes)))
+        """What to expect on held-out text, by the most probable law."""
+        size = self.size / matrix_parameters**self.size_exponent
+        return self.floor + size + self.data / effective_bytes**self.data_exponent
 
     def interval(self, matrix_parameters: float, effective_bytes: float) -> tuple[float, float]:
         """Between what nine runs of ten should end: the spread of the laws, and of runs around a law."""
@@ -67,7 +70,12 @@ class Law:
         steps = (np.arange(99) + 1.0) / 100.0
         noise = 1.0 + self.draws[:, 5:] * _normal_quantiles(steps)  # (laws, 99)
         low, high = np.quantile(expected[:, None] * noise, (0.05, 0.95))
-        return float(low), float(high)
+        best = self.bits_per_byte(matrix_parameters, effective_bytes)
+        return min(float(low), best), max(float(high), best)
+
+    def extrapolation(self, matrix_parameters: float, effective_bytes: float) -> float:
+        """How many times as large this is, in weights or in data, as the largest run the law was fitted to; or 1."""
+        return max(1.0, matrix_parameters / self.largest[0], effective_bytes / self.largest[1])
 
     def _of_draws(self, matrix_parameters: float, effective_bytes: float) -> np.ndarray:
         floor, size, size_exponent, data, data_exponent, _ = self.draws.T
@@ -85,6 +93,7 @@ class Law:
                 "size_exponent": round(self.size_exponent, 5),
                 "data": float(f"{self.data:.6g}"),
                 "data_exponent": round(self.data_exponent, 5),
+                "largest": list(self.largest),
                 "points": [point._asdict() for point in self.points],
                 "draws": [[float(f"{value:.5g}") for value in row] for row in self.draws],
             },
@@ -108,17 +117,19 @@ def load_law(path: str | Path | None) -> Law:
 
 
 def _law(values: Any, where: str) -> Law:
+    damaged = CorruptFile(f"{where} is no law file; fit the runs again with lalia plan --fit")
     try:
         draws = np.array(values["draws"], dtype=float)
         constants = [float(values[key]) for key in ("floor", "size", "size_exponent", "data", "data_exponent")]
         points = tuple(RunPoint(**point) for point in values["points"])
         source = str(values["source"])
-        whole = draws.ndim == 2 and draws.shape[1] == 6 and len(draws) > 0
+        weights, num_bytes = values["largest"]
+        largest = (float(weights), float(num_bytes))
     except (KeyError, TypeError, ValueError):
-        whole = False
-    if not whole or not np.isfinite(draws).all() or (draws < 0).any():
-        raise CorruptFile(f"{where} is no law file; fit the runs again with lalia plan --fit")
-    return Law(*constants, draws=draws, source=source, points=points)
+        raise damaged from None
+    if draws.ndim != 2 or draws.shape[1] != 6 or not len(draws) or not np.isfinite(draws).all() or np.any(draws < 0):
+        raise damaged
+    return Law(*constants, draws=draws, source=source, largest=largest, points=points)
 
 
 def effective_bytes(trained_bytes: float, unique_bytes: float) -> float:
@@ -157,7 +168,8 @@ def fit(points: Sequence[RunPoint], source: str = "") -> Law:
         row[4] *= centre[1] ** row[2]
     floor, size_exponent, data_exponent, size, data, _ = best
     order = (0, 3, 1, 4, 2, 5)
-    return Law(floor, size, size_exponent, data, data_exponent, draws[:, order], source, tuple(points))
+    largest = (float(numbers[:, 0].max()), float(numbers[:, 1].max()))
+    return Law(floor, size, size_exponent, data, data_exponent, draws[:, order], source, largest, tuple(points))
 
 
 def _check(points: Sequence[RunPoint]) -> None:
@@ -195,7 +207,7 @@ class _Grid:
         first = (numbers[:, 0] / centre[0]) ** -self.size_exponent / self.score
         second = (numbers[:, 1] / centre[1]) ** -self.data_exponent / self.score
         wanted = 1.0 - self.floor / self.score
-        weight = np.ones_like(wanted)
+        weight, error = np.ones_like(wanted), wanted
         for _ in range(6):
             self.factors, self.products = _non_negative(first, second, wanted, weight)
             error = wanted - self.factors[:, :1] * first - self.factors[:, 1:] * second

@@ -96,9 +96,10 @@ def _choices(
     asked: ParallelConfig | None,
     asked_checkpointing: Checkpointing | None,
 ) -> Iterator[tuple[ParallelConfig, Checkpointing]]:
-    levels = LEVELS if asked_checkpointing is None else (asked_checkpointing,)
+    levels: tuple[Checkpointing, ...] = LEVELS if asked_checkpointing is None else (asked_checkpointing,)
     if asked is not None:
-        yield from ((asked, level) for level in levels)
+        for level in levels:
+            yield asked, level
         return
     for context in _powers(devices):
         if length % context:

@@ -11,8 +11,10 @@ LARGE_BATCH_TOKENS, LARGE_DATA_TOKENS = 2**19, 1.32e9
 """Batch and tokens of nanochat's reference model, depth 12 (LEADERBOARD of karpathy/nanochat)."""
 BATCH_EXPONENT = 0.383
 """Batch ~ tokens^0.383 keeps the loss per token (Bergsma et al. 2025, arXiv 2505.13738)."""
-SMALL_WIDTH = 256
-"""Widest of the models on which the learning rates were swept (LOG.md)."""
+SMALL_WIDTH, LARGE_WIDTH = 256, 768
+"""Widest of the models on which the learning rates were swept (LOG.md), and the width of nanochat's reference."""
+LARGE_RATES = {"matrix_learning_rate": 0.02, "embedding_learning_rate": 0.3, "head_learning_rate": 0.008}
+"""nanochat's, at its reference batch and width. The norm weights, which it has none of, keep the demo's rate."""
 LARGE_WEIGHT_DECAY = 0.28
 """nanochat's at its reference batch and tokens."""
 FEW_EPOCHS, MOST_EPOCHS = 4, 40
@@ -54,26 +56,29 @@ def scale_optimizer(
     Returns:
         the whole settings, and the values that rules decide with their reasons.
     """
-    grown = (batch / SMALL_BATCH_TOKENS) ** 0.5
-    narrowed = min(1.0, (width / SMALL_WIDTH) ** -0.5)
-    by_batch = (
-        f", x {grown:.2f} = sqrt(batch / {SMALL_BATCH_TOKENS:,} tokens) (Malladi et al. 2022)" if grown > 1 else ""
-    )
-    by_width = f", x {narrowed:.2f} = (width / {SMALL_WIDTH})^-0.5 (nanochat)" if narrowed < 1 else ""
+    at_batch, at_width = (LARGE_BATCH_TOKENS, LARGE_WIDTH) if accelerator else (SMALL_BATCH_TOKENS, SMALL_WIDTH)
+    origin = "nanochat" if accelerator else "swept on the demo, LOG.md"
+    grown = (batch / at_batch) ** 0.5
+    narrowed = (width / at_width) ** -0.5
+    if not accelerator:  # the sweep's values hold as they are for models of the sweep's size and smaller
+        grown, narrowed = max(1.0, grown), min(1.0, narrowed)
+    by_batch = f", x {grown:.2f} = sqrt(batch / {at_batch:,} tokens) (Malladi et al. 2022)" if grown != 1 else ""
+    by_width = f", x {narrowed:.2f} = (width / {at_width})^-0.5 (nanochat)" if narrowed != 1 else ""
     rules = {
         # Muon's step has the same spectral norm at any width; that its rate grows with the batch like Adam's is an
         # assumption (nanochat makes it too).
         "matrix_learning_rate": (grown, f"Muon; transfers across widths (Jordan et al. 2024){by_batch}"),
-        "embedding_learning_rate": (grown * narrowed, f"AdamW; swept on the demo (LOG.md){by_batch}{by_width}"),
-        "head_learning_rate": (grown * narrowed, f"AdamW; as the embedding's{by_batch}{by_width}"),
-        "scalar_learning_rate": (grown, f"AdamW; swept on the demo (LOG.md){by_batch}"),
+        "embedding_learning_rate": (grown * narrowed, f"AdamW ({origin}){by_batch}{by_width}"),
+        "head_learning_rate": (grown * narrowed, f"AdamW ({origin}){by_batch}{by_width}"),
+        "scalar_learning_rate": (1.0, "AdamW (swept on the demo, LOG.md)"),
     }
     scaled: dict[str, Scaled] = {}
     for name, (factor, reason) in rules.items():
         if _is_set(asked, name):
             scaled[name] = Scaled(getattr(asked, name), "set in the recipe")
         else:
-            scaled[name] = Scaled(float(f"{getattr(asked, name) * factor:.4g}"), reason)
+            base = LARGE_RATES.get(name, getattr(asked, name)) if accelerator else getattr(asked, name)
+            scaled[name] = Scaled(float(f"{base * factor:.4g}"), reason)
     scaled["weight_decay"] = _weight_decay(asked, batch, tokens, accelerator)
     return asked.model_copy(update={name: one.value for name, one in scaled.items()}), scaled
 

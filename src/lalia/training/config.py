@@ -28,7 +28,7 @@ class Amount(NamedTuple):
 
     def __str__(self) -> str:
         if self.unit == "seconds":
-            return f"{self.value:.0f} s"
+            return f"{self.value:g} s"
         if self.unit == "FLOPs":
             return f"{self.value:.3g} FLOPs"
         return f"{self.value:,.0f} tokens" if self.unit == "tokens" else f"{self.value:,.2f} dollars"
