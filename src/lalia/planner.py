@@ -230,18 +230,18 @@ class _Planner:
             shape = asked.build(self.vocab_size, length)
             if self.config.batch_size or self.config.steps:  # then nothing hangs on the tokens
                 return shape, "set in the recipe", (self.config.steps or 1) * float(per_step)
-            candidates, names = [shape], "set in the recipe"
+            sizes, names = [shape], "set in the recipe"
         else:
             if budget is None:
                 raise UserError(
                     "with pretrain.steps and no budget, set model.hidden_size and model.num_hidden_layers too"
                 )
-            candidates, names = self._candidates(asked, length), ""
+            sizes, names = candidates(asked, self.vocab_size, length), ""
         assert budget is not None
-        placed = [(shape, self._place(shape, rows, length, precision)) for shape in candidates]
+        placed = [(shape, self._place(shape, rows, length, precision)) for shape in sizes]
         fitting = [(shape, placement) for shape, placement in placed if placement is not None]
         if not fitting:
-            raise self._too_large(candidates[0], rows, length, precision)
+            raise self._too_large(sizes[0], rows, length, precision)
         seconds = self._seconds_per_step(budget, fitting, rows, length, precision)
         affordable = [
             (shape, steps)
@@ -262,18 +262,6 @@ class _Planner:
             "" if budget.unit in ("tokens", "FLOPs") else f" at the {'estimated' if self.sheet else 'measured'} speed"
         )
         return shape, names or f"{what} among {len(fitting)} sizes{speed}", steps * float(per_step)
-
-    def _candidates(self, asked: ArchitectureConfig, length: int) -> list[ModelConfig]:
-        widths = [asked.hidden_size] if asked.hidden_size else [*WIDTHS, *LARGE_WIDTHS]
-        shapes, refused = [], ""
-        for width in widths:
-            try:
-                shapes.append(asked.build(self.vocab_size, length, width, asked.num_hidden_layers or depth_of(width)))
-            except UserError as error:  # such as heads that do not divide; another width may do
-                refused = str(error)
-        if not shapes:
-            raise UserError(f"no width among {', '.join(map(str, widths))} suits the recipe: {refused}")
-        return shapes
 
     def _best(self, sized: list[tuple[ModelConfig, int]], budget: Amount, per_step: int) -> tuple[ModelConfig, int]:
         """The size of lowest expected bits per byte; for a fixed number of tokens, where more weights always help, the
@@ -429,7 +417,9 @@ class _Planner:
     def _measurable(self, shape: ModelConfig, rows: int, length: int, precision: str) -> ModelConfig:
         """The widest model up to this one that a single device holds."""
         architecture = self.recipe.model.model_copy(update={"hidden_size": None, "num_hidden_layers": None})
-        smaller = [one for one in self._candidates(architecture, length) if one.hidden_size < shape.hidden_size]
+        smaller = [
+            one for one in candidates(architecture, self.vocab_size, length) if one.hidden_size < shape.hidden_size
+        ]
         for one in [shape, *reversed(smaller)]:
             needed = training_memory(one, rows, length, precision, accelerator=self.accelerator)
             if needed.total <= FILL * self.device_bytes:
@@ -504,3 +494,17 @@ class _Planner:
             f"{predicted['tokens_per_second']:,} tokens/s, {predicted['memory_bytes'] / 2**20:.0f} MiB, "
             f"{predicted['bits_per_byte']:.2f} bits per byte ({low:.2f} to {high:.2f})"
         )
+
+
+def candidates(asked: ArchitectureConfig, vocab_size: int, length: int) -> list[ModelConfig]:
+    """The sizes the planner chooses among, small to large, as far as the recipe leaves them open."""
+    widths = [asked.hidden_size] if asked.hidden_size else [*WIDTHS, *LARGE_WIDTHS]
+    shapes, refused = [], ""
+    for width in widths:
+        try:
+            shapes.append(asked.build(vocab_size, length, width, asked.num_hidden_layers or depth_of(width)))
+        except UserError as error:  # such as heads that do not divide; another width may do
+            refused = str(error)
+    if not shapes:
+        raise UserError(f"no width among {', '.join(map(str, widths))} suits the recipe: {refused}")
+    return shapes

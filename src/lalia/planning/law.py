@@ -81,6 +81,11 @@ class Law:
         floor, size, size_exponent, data, data_exponent, _ = self.draws.T
         return floor + size * matrix_parameters**-size_exponent + data * effective_bytes**-data_exponent
 
+    def constants(self) -> dict[str, float]:
+        """Of the most probable law, to six digits."""
+        names = ("floor", "size", "size_exponent", "data", "data_exponent")
+        return {name: float(f"{getattr(self, name):.6g}") for name in names}
+
     def save(self, path: Path) -> None:
         """Write the law file."""
         write_json(
@@ -88,11 +93,7 @@ class Law:
             {
                 "law": "floor + size / N^size_exponent + data / D^data_exponent",
                 "source": self.source,
-                "floor": round(self.floor, 5),
-                "size": float(f"{self.size:.6g}"),
-                "size_exponent": round(self.size_exponent, 5),
-                "data": float(f"{self.data:.6g}"),
-                "data_exponent": round(self.data_exponent, 5),
+                **self.constants(),
                 "largest": list(self.largest),
                 "points": [point._asdict() for point in self.points],
                 "draws": [[float(f"{value:.5g}") for value in row] for row in self.draws],
