@@ -78,7 +78,7 @@ DATASHEETS: tuple[tuple[str, Datasheet], ...] = (
     (r"RTX 3090", _sheet("RTX 3090", 71, 24, 936)),
     (r"MI300X", _sheet("MI300X", 1307.4, 192, 5300)),
     # The card has 383 TFLOP/s in two dies, and PyTorch shows each die as a device.
-    (r"MI250X", _sheet("MI250X, one of two dies", 191.5, 64, None)),
+    (r"MI250X", _sheet("MI250X (one of two dies)", 191.5, 64, None)),
 )
 """Pattern of the whole name that PyTorch reports, without the maker's words, most specific first. Makers' data sheets
 (NVIDIA, AMD), dense, as collected in nanochat's common.py; a laptop's or a partitioned device matches nothing."""
@@ -87,13 +87,13 @@ MAKERS = re.compile(r"\b(NVIDIA|AMD|Instinct|GeForce|Tesla)\b", re.IGNORECASE)
 
 
 def find_datasheet(name: str) -> Datasheet | None:
-    """The data sheet of a device by its exact name, such as "NVIDIA H100 80GB HBM3"; None if it is not known.
+    """The data sheet of a device by its exact name, such as "NVIDIA H100 80GB HBM3", or ours; None if it is not known.
 
     Whatever remains of the name beyond the pattern ("Laptop GPU", "MIG 1g.10gb") makes it another device.
     """
     words = " ".join(MAKERS.sub(" ", name).split())
     for pattern, sheet in DATASHEETS:
-        if re.fullmatch(pattern, words, re.IGNORECASE):
+        if re.fullmatch(pattern, words, re.IGNORECASE) or words.lower() == sheet.name.lower():
             return sheet
     return None
 
