@@ -10,11 +10,12 @@ from lalia.errors import UserError
 from lalia.model.config import ModelConfig
 from lalia.model.transformer import Transformer
 from lalia.planner import MOST_EPOCHS, WIDTHS, make_plan, measure_step
-from lalia.planning.memory import parameters, training_memory
+from lalia.planning.memory import STATE_BYTES, parameters, training_memory
 from lalia.planning.rules import batch_tokens, scale_optimizer
 from lalia.progress import Progress
 from lalia.recipe import Recipe
 from lalia.training.config import Amount, OptimizerConfig, TrainingConfig, parse_budget, parse_time
+from lalia.training.optimizers import learning_rates
 from lalia.training.parallel.layout import ParallelConfig
 
 TRAIN_BYTES = 5_000_000
@@ -337,19 +338,22 @@ def test_batches_grow_with_the_tokens() -> None:
     assert batch_tokens(8.76e9, True)[0] == 2**20  # its depth 24
 
 
-def test_the_demo_keeps_its_learning_rates_and_larger_models_get_scaled_ones() -> None:
+def test_the_demo_keeps_its_learning_rates_and_larger_batches_get_scaled_ones() -> None:
     asked = OptimizerConfig()
     assert scale_optimizer(asked, 2048, 192, 3e6, False)[0] == asked
     scaled, why = scale_optimizer(asked, 8192, 1024, 1e8, False)
     assert scaled.matrix_learning_rate == pytest.approx(2 * asked.matrix_learning_rate)
-    assert scaled.embedding_learning_rate == pytest.approx(2 * asked.embedding_learning_rate / 2)
+    assert scaled.embedding_learning_rate == pytest.approx(2 * asked.embedding_learning_rate)
     assert "Malladi" in why["matrix_learning_rate"].reason
     own = asked.model_copy(update={"matrix_learning_rate": 0.05, "weight_decay": 0.2})
     kept, why = scale_optimizer(own, 8192, 1024, 1e8, False)
     assert (kept.matrix_learning_rate, kept.weight_decay) == (0.05, 0.2)
     assert why["weight_decay"].reason == "set in the recipe"
     large, _ = scale_optimizer(asked, 2**19, 768, 1.32e9, True)  # at nanochat's reference: its values
-    assert (large.matrix_learning_rate, large.embedding_learning_rate, large.weight_decay) == (0.02, 0.3, 0.28)
+    assert (large.matrix_learning_rate, large.head_learning_rate, large.weight_decay) == (0.02, 0.008, 0.28)
+    adamw, why = scale_optimizer(asked.model_copy(update={"kind": "adamw"}), 2**19, 768, 1.32e9, True)
+    assert learning_rates(adamw, 768)["matrix"] == pytest.approx(6e-4)  # GPT-3's of that width
+    assert "at this width" in why["adamw_matrix_learning_rate"].reason
 
 
 def test_the_plan_holds_the_whole_optimizer(measured: list[ModelConfig]) -> None:
@@ -402,6 +406,8 @@ def test_what_each_way_of_saving_memory_saves() -> None:
     assert shared.activations == alone.activations > divided.activations
     assert needed(context=4).activations == pytest.approx(alone.activations / 4)
     assert needed(replicate=4) == alone
+    states = [training_memory(shape, 1, 1024, "float32", optimizer=kind).optimizer for kind in STATE_BYTES]
+    assert states[2] == states[1] / 4 < states[0] < states[1]
 
 
 def test_a_control_group_limits_the_memory(tmp_path: Path) -> None:

@@ -349,7 +349,8 @@ class _Planner:
         asked = self.config.activation_checkpointing
 
         def memory(micro_rows: int, checkpointing: Checkpointing, layout: ParallelConfig) -> Memory:
-            return training_memory(shape, micro_rows, length, precision, checkpointing, layout, self.accelerator)
+            kind = self.config.optimizer.kind
+            return training_memory(shape, micro_rows, length, precision, checkpointing, layout, self.accelerator, kind)
 
         return place(
             shape,

@@ -6,7 +6,6 @@ from typing import Any
 from lalia.devices import process_rank
 from lalia.errors import UserError
 from lalia.files import fingerprint, read_json, write_json
-from lalia.files import fingerprint, read_json, write_json
 from lalia.pipeline import Run, Stage
 from lalia.progress import Progress
 from lalia.training.config import RUNTIME_ONLY, parse_budget

@@ -14,8 +14,9 @@ RUNTIME_BYTES = 370 * 2**20
 """Resident size of Python with PyTorch, its kernels' code and buffers, pyarrow and the tokenizer, measured; on an
 accelerator the driver's context is of that order too."""
 
-MUON_STATE_BYTES, ADAMW_STATE_BYTES = 4, 8
-"""Optimizer state per weight: one float32 momentum, or two moments."""
+STATE_BYTES = {"muon": (4, 8), "adamw": (8, 8), "adamw8bit": (2, 2)}
+"""Optimizer state per weight of the layers' matrices and of the embedding and head, by `optimizer.kind`: Muon keeps one
+float32 momentum, AdamW two moments, of 32 or 8 bits."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,7 @@ def training_memory(
     checkpointing: Checkpointing = "none",
     layout: ParallelConfig | None = None,
     accelerator: bool = False,
-    muon_state_bytes: int = MUON_STATE_BYTES,
-    adamw_state_bytes: int = ADAMW_STATE_BYTES,
+    optimizer: str = "muon",
 ) -> Memory:
     """Bytes that one device needs while a micro-batch of `rows` rows goes forward and backward.
 
@@ -78,6 +78,7 @@ def training_memory(
             "full" keeps the input of each layer (Chen et al. 2016).
         layout: how the devices are laid out; None means one.
         accelerator: fused attention, which keeps no probabilities.
+        optimizer: its kind, as in the settings.
     """
     layout = layout or ParallelConfig(replicate=1)
     value_bytes = 4 if precision == "float32" else 2
@@ -107,7 +108,7 @@ def training_memory(
     return Memory(
         weights=int(weights),
         gradients=int(gradients),
-        optimizer=int(in_layers * muon_state_bytes + vocabulary * adamw_state_bytes),
+        optimizer=int(in_layers * STATE_BYTES[optimizer][0] + vocabulary * STATE_BYTES[optimizer][1]),
         activations=int(activations),
         loss=int(loss),
         runtime=RUNTIME_BYTES,

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from lalia.training.config import OptimizerConfig
+from lalia.training.optimizers import learning_rates
 
 SMALL_BATCH_TOKENS, SMALL_DATA_TOKENS = 2048, 3.1e6
 """Best batch of the demo, and the tokens it trains on (LOG.md, 2026-11-23 and 24)."""
@@ -11,10 +12,14 @@ LARGE_BATCH_TOKENS, LARGE_DATA_TOKENS = 2**19, 1.32e9
 """Batch and tokens of nanochat's reference model, depth 12 (LEADERBOARD of karpathy/nanochat)."""
 BATCH_EXPONENT = 0.383
 """Batch ~ tokens^0.383 keeps the loss per token (Bergsma et al. 2025, arXiv 2505.13738)."""
-SMALL_WIDTH, LARGE_WIDTH = 256, 768
-"""Widest of the models on which the learning rates were swept (LOG.md), and the width of nanochat's reference."""
-LARGE_RATES = {"matrix_learning_rate": 0.02, "embedding_learning_rate": 0.3, "head_learning_rate": 0.008}
-"""nanochat's, at its reference batch and width. The norm weights, which it has none of, keep the demo's rate."""
+LARGE_RATES = {
+    "matrix_learning_rate": 0.02,
+    "adamw_matrix_learning_rate": 6e-4 * 768 / 256,
+    "embedding_learning_rate": 0.3 * (768 / 256) ** 0.5,
+    "head_learning_rate": 0.008,
+}
+"""Rates at that batch, for the width that `lalia.training.optimizers` starts from: nanochat's at width 768, and for
+AdamW in Muon's place GPT-3's of that width (Brown et al. 2020). Norm weights, which nanochat has none of, keep ours."""
 LARGE_WEIGHT_DECAY = 0.28
 """nanochat's at its reference batch and tokens."""
 FEW_EPOCHS, MOST_EPOCHS = 4, 40
@@ -49,27 +54,23 @@ class Scaled:
 def scale_optimizer(
     asked: OptimizerConfig, batch: int, width: int, tokens: float, accelerator: bool
 ) -> tuple[OptimizerConfig, dict[str, Scaled]]:
-    """Learning rates and weight decay for a batch of tokens, a width and an amount of tokens.
+    """Learning rates and weight decay for a batch and an amount of tokens; what the width changes the optimizer does.
 
     What the recipe sets to other than the default is kept.
 
     Returns:
         the whole settings, and the values that rules decide with their reasons.
     """
-    at_batch, at_width = (LARGE_BATCH_TOKENS, LARGE_WIDTH) if accelerator else (SMALL_BATCH_TOKENS, SMALL_WIDTH)
+    at_batch = LARGE_BATCH_TOKENS if accelerator else SMALL_BATCH_TOKENS
     origin = "nanochat" if accelerator else "swept on the demo, LOG.md"
     grown = (batch / at_batch) ** 0.5
-    narrowed = (width / at_width) ** -0.5
-    if not accelerator:  # the sweep's values hold as they are for models of the sweep's size and smaller
-        grown, narrowed = max(1.0, grown), min(1.0, narrowed)
     by_batch = f", x {grown:.2f} = sqrt(batch / {at_batch:,} tokens) (Malladi et al. 2022)" if grown != 1 else ""
-    by_width = f", x {narrowed:.2f} = (width / {at_width})^-0.5 (nanochat)" if narrowed != 1 else ""
+    matrix = "matrix_learning_rate" if asked.kind == "muon" else "adamw_matrix_learning_rate"
+    # That Muon's rate grows with the batch as Adam's does is an assumption, which nanochat makes too.
     rules = {
-        # Muon's step has the same spectral norm at any width; that its rate grows with the batch like Adam's is an
-        # assumption (nanochat makes it too).
-        "matrix_learning_rate": (grown, f"Muon; transfers across widths (Jordan et al. 2024){by_batch}"),
-        "embedding_learning_rate": (grown * narrowed, f"AdamW ({origin}){by_batch}{by_width}"),
-        "head_learning_rate": (grown * narrowed, f"AdamW ({origin}){by_batch}{by_width}"),
+        matrix: (grown, f"{'Muon (Jordan et al. 2024)' if asked.kind == 'muon' else 'AdamW'}{by_batch}"),
+        "embedding_learning_rate": (grown, f"AdamW ({origin}){by_batch}"),
+        "head_learning_rate": (grown, f"AdamW ({origin}){by_batch}"),
         "scalar_learning_rate": (1.0, "AdamW (swept on the demo, LOG.md)"),
     }
     scaled: dict[str, Scaled] = {}
@@ -80,7 +81,12 @@ def scale_optimizer(
             base = LARGE_RATES.get(name, getattr(asked, name)) if accelerator else getattr(asked, name)
             scaled[name] = Scaled(float(f"{base * factor:.4g}"), reason)
     scaled["weight_decay"] = _weight_decay(asked, batch, tokens, accelerator)
-    return asked.model_copy(update={name: one.value for name, one in scaled.items()}), scaled
+    settings = asked.model_copy(update={name: one.value for name, one in scaled.items()})
+    for role, rate in learning_rates(settings, width).items():
+        name = matrix if role == "matrix" else f"{role}_learning_rate"
+        if not math.isclose(rate, scaled[name].value):
+            scaled[name] = Scaled(scaled[name].value, f"{scaled[name].reason}; at this width {rate:.3g}")
+    return settings, scaled
 
 
 def _weight_decay(asked: OptimizerConfig, batch: int, tokens: float, accelerator: bool) -> Scaled:
