@@ -68,7 +68,13 @@ def place(
     if asked is not None:
         asked = resolve(asked, devices)
         _check(asked, shape, rows, length)
-    for layout, checkpointing in _choices(shape, rows, length, devices, asked, asked_checkpointing):
+    choices = list(_choices(shape, rows, length, devices, asked, asked_checkpointing))
+    if not choices:
+        raise UserError(
+            f"a batch of {rows} rows cannot be divided among {devices} devices; set pretrain.batch_size to a multiple of "
+            f"{devices}, or leave it out"
+        )
+    for layout, checkpointing in choices:
         groups = (layout.replicate or 1) * layout.shard
         share = rows // groups
         micro = _largest(share, limit, lambda n, c=checkpointing, w=layout: memory(n, c, w).total, asked_micro_rows)
