@@ -42,6 +42,8 @@ STAND_INS = {
 """What is not executed as it stands, and why."""
 
 RECIPE_VERBS = ("run", "collect", "tokenize", "pretrain", "finetune", "evaluate", "plan")
+PLAN_OPTIONS = ("--minutes", "--budget", "--device", "--devices")
+"""What only `lalia plan` takes, each with a value."""
 CHAT_LINES = b"Hello!\nWho are you?\n"
 """What `lalia chat` reads where a person would type."""
 
@@ -219,10 +221,10 @@ def stop_server(folder: Path) -> tuple[int, str]:
 def miniature(arguments: list[str], settings: list[str]) -> list[list[str]]:
     """The commands to run in place of one: for a recipe, a dry run of it as written, then the small version."""
     if arguments[:1] and arguments[0] in RECIPE_VERBS and not {"--help", "--quantize"} & {*arguments}:
-        as_written = [a for i, a in enumerate(arguments) if a != "--minutes" and arguments[i - 1] != "--minutes"]
+        as_written = [a for i, a in enumerate(arguments) if not {a, arguments[i - 1]} & {*PLAN_OPTIONS}]
         dry_run = ["run", *as_written[1:], *([] if "--dry-run" in arguments else ["--dry-run"])]
-        if arguments[0] == "plan":  # --minutes and a fixed number of steps exclude each other
-            settings = [setting for setting in settings if not setting.startswith("pretrain.steps=")]
+        if arguments[0] == "plan":  # a budget and fixed steps exclude each other, and devices need rows for each
+            settings = [s for s in settings if not s.startswith(("pretrain.steps=", "pretrain.batch_size="))]
         return [dry_run, [*arguments, *settings]]
     return [arguments]
 

@@ -1,22 +1,34 @@
 """From a budget to a plan, on a machine whose speed the test decides."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lalia.devices import cgroup_memory_limit
 from lalia.errors import UserError
 from lalia.model.config import ModelConfig
-from lalia.planner import WIDTHS, expected_bits_per_byte, make_plan, measure_step, training_bytes
+from lalia.model.transformer import Transformer
+from lalia.planner import MOST_EPOCHS, WIDTHS, make_plan, measure_step
+from lalia.planning.memory import STATE_BYTES, parameters, training_memory
+from lalia.planning.rules import batch_tokens, scale_optimizer
 from lalia.progress import Progress
 from lalia.recipe import Recipe
-from lalia.training.config import parse_budget
+from lalia.training.config import Amount, OptimizerConfig, TrainingConfig, parse_budget, parse_time
+from lalia.training.optimizers import learning_rates
+from lalia.training.parallel.layout import ParallelConfig
 
 TRAIN_BYTES = 5_000_000
 MANIFEST = {
     "vocab_size": 4096,
     "splits": {"train": {"num_bytes": TRAIN_BYTES, "num_tokens": 1_500_000, "num_documents": 40}},
 }
+WEB = {
+    "vocab_size": 32_768,
+    "splits": {"train": {"num_bytes": 400_000_000_000, "num_tokens": 100_000_000_000, "num_documents": 10**8}},
+}
 FLOPS_PER_SECOND = 5e10
+H100 = {"device": "NVIDIA H100", "devices": 8}
 
 
 @pytest.fixture
@@ -24,9 +36,11 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[ModelConfig]:
     """A machine of constant speed; the shapes that were measured on it."""
     shapes: list[ModelConfig] = []
 
-    def step_seconds(shape: ModelConfig, rows: int, length: int, precision: str, steps: int) -> float:
+    def step_seconds(
+        shape: ModelConfig, rows: int, length: int, precision: str, steps: int, parts: int, *_: Any
+    ) -> float:
         shapes.append(shape)
-        return shape.flops_per_token(length) * rows * length / FLOPS_PER_SECOND
+        return shape.flops_per_token(length) * rows * parts * length / FLOPS_PER_SECOND
 
     monkeypatch.setattr("lalia.planner.measure_step", step_seconds)
     monkeypatch.setattr("lalia.planner.memory_bytes", lambda: 16 * 2**30)
@@ -59,17 +73,45 @@ def values(made: dict[str, Any]) -> dict[str, Any]:
     ],
 )
 def test_budgets(text: str, seconds: float) -> None:
-    assert parse_budget(text) == pytest.approx(seconds)
+    assert parse_budget(text) == (pytest.approx(seconds), "seconds")
+    assert parse_time(text) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(
+    ("text", "amount"),
+    [
+        ("1e18 FLOPs", Amount(1e18, "FLOPs")),
+        ("2.5E17 flops", Amount(2.5e17, "FLOPs")),
+        ("300M tokens", Amount(3e8, "tokens")),
+        ("1.5 billion tokens", Amount(1.5e9, "tokens")),
+        ("4096 tokens", Amount(4096, "tokens")),
+        ("5 dollars", Amount(5, "dollars")),
+        ("$2.50", Amount(2.5, "dollars")),
+        ("1k USD", Amount(1000, "dollars")),
+    ],
+)
+def test_budgets_that_are_no_time(text: str, amount: Amount) -> None:
+    assert parse_budget(text) == amount
+    with pytest.raises(UserError, match="is not a time"):
+        parse_time(text)
 
 
 @pytest.mark.parametrize(
     "text",
     ["", "soon", "6", "minutes", "-1 minutes", "0 minutes", "6 parsecs", "6 minutes 5", "1e3 s", "nan s", "inf s",
-     "6,5 s", "1:30", "9" * 400 + " s"],
+     "6,5 s", "1:30", "9" * 400 + " s", "1e999 FLOPs", "5 M M tokens", "0 dollars", "-$5", "3 x tokens"],
 )  # fmt: skip
 def test_what_is_no_budget(text: str) -> None:
-    with pytest.raises(UserError, match="is not a time; write for example '6 minutes'"):
+    with pytest.raises(UserError, match="is not a time, nor an amount of FLOPs, .*'6 minutes'"):
         parse_budget(text)
+
+
+def test_a_budget_is_there_unless_steps_are() -> None:
+    assert (
+        TrainingConfig.parse({"seed": 3}).budget == TrainingConfig().budget == Recipe().pretrain.budget == "6 minutes"
+    )
+    assert TrainingConfig.parse({"steps": 3}).budget is None
+    assert Recipe.parse({"pretrain": {"seed": 3}}).pretrain.budget == "6 minutes"
 
 
 def test_more_budget_gives_more_tokens_and_not_worse_quality(measured: list[ModelConfig]) -> None:
@@ -139,30 +181,32 @@ def test_a_budget_too_small_names_one_that_is_enough(measured: list[ModelConfig]
     assert values(plan({"budget": enough}))["steps"] >= 20
 
 
+def test_a_micro_batch_that_fits_the_memory(measured: list[ModelConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = {"hidden_size": 512, "num_hidden_layers": 8}
+    whole = plan({"steps": 10, "batch_size": 64}, model=model)
+    assert values(whole)["micro_batch_size"] == 64
+    assert whole["predicted"]["memory_bytes"] > 2**30
+    monkeypatch.setattr("lalia.planner.memory_bytes", lambda: 2**30)
+    parts = plan({"steps": 10, "batch_size": 64}, model=model)
+    assert 0 < values(parts)["micro_batch_size"] < 64
+    assert parts["predicted"]["memory_bytes"] <= 2**30
+    assert parts["predicted"]["seconds"] == pytest.approx(whole["predicted"]["seconds"])
+    made = plan({"budget": "10 hours"})  # where the planner chooses the size, it chooses one that fits
+    assert made["predicted"]["memory_bytes"] <= 2**30
+
+
 def test_more_memory_than_the_machine_has_is_refused_before_it_is_used(
     measured: list[ModelConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = {"hidden_size": 512, "num_hidden_layers": 8}
-    assert plan({"steps": 10, "batch_size": 64}, model=model)["predicted"]["memory_bytes"] > 2**30
     monkeypatch.setattr("lalia.planner.memory_bytes", lambda: 2**30)
-    measured.clear()
     with pytest.raises(UserError, match=r"needs about .* GiB of memory and the machine has 1\.0 GiB; set a smaller"):
-        plan({"steps": 10, "batch_size": 64}, model=model)
-    assert not measured
-    made = plan({"budget": "10 hours"})  # where the planner chooses, it chooses what fits
-    assert made["predicted"]["memory_bytes"] <= 2**30
+        plan({"steps": 10, "batch_size": 64, "micro_batch_size": 64}, model=model)
     monkeypatch.setattr("lalia.planner.memory_bytes", lambda: 2**20)
-    with pytest.raises(UserError, match="GiB of memory"):
-        plan({"budget": "10 hours"})
-
-
-def test_micro_batches_need_less_memory(measured: list[ModelConfig]) -> None:
-    model = {"hidden_size": 256, "num_hidden_layers": 4}
-    whole, parts = (
-        plan({"steps": 10, "batch_size": 32, **micro}, model=model) for micro in ({}, {"micro_batch_size": 2})
-    )
-    assert parts["predicted"]["memory_bytes"] < whole["predicted"]["memory_bytes"]
-    assert parts["predicted"]["seconds"] == pytest.approx(whole["predicted"]["seconds"])
+    for pretrain in ({"steps": 10}, {"budget": "10 hours"}):
+        with pytest.raises(UserError, match="GiB of memory even row by row"):
+            plan(pretrain, model=model if "steps" in pretrain else {})
+    assert not measured
 
 
 def test_data_too_short_for_a_batch(measured: list[ModelConfig]) -> None:
@@ -184,32 +228,214 @@ def test_rows_longer_than_the_context(measured: list[ModelConfig]) -> None:
 
 def test_neither_budget_nor_steps(measured: list[ModelConfig]) -> None:
     with pytest.raises(UserError, match="pretrain needs a budget"):
-        plan({})
+        plan({"budget": None})
     with pytest.raises(UserError, match="set model.hidden_size and model.num_hidden_layers too"):
         plan({"steps": 10})
     with pytest.raises(UserError, match="finetune: needs a budget"):
         plan({"budget": "1 minute"}, finetune=Recipe().finetune.model_copy(update={"budget": None}).model_dump())
 
 
-def test_expected_quality_of_repeated_data() -> None:
-    """Muennighoff et al. 2023: repeats help, less and less, never as much as fresh text, and never without end."""
-    once, four, forty, endless = (expected_bits_per_byte(10**6, n * 10**6, 10**6) for n in (1, 4, 40, 10**6))
-    fresh = expected_bits_per_byte(10**6, 4 * 10**6, 4 * 10**6)
-    assert endless < forty < four < once
-    assert fresh < four
-    assert expected_bits_per_byte(10**6, 1e9, 1e6) == pytest.approx(endless, abs=1e-3)
-    assert expected_bits_per_byte(10**7, 10**6, 10**6) < once
+def test_repetition_ends(measured: list[ModelConfig]) -> None:
+    made = plan({"budget": "1000 hours"}, model={"hidden_size": 64})
+    assert values(made)["epochs"] == pytest.approx(MOST_EPOCHS, rel=0.01)
+    assert "more repetition teaches nothing" in made["values"]["steps"]["reason"]
+    assert made["predicted"]["seconds"] < 1000 * 3600
+
+
+# Budgets that are no time, and devices that are not here
+
+
+def test_a_budget_of_tokens_trains_on_them_with_the_compute_optimal_size(measured: list[ModelConfig]) -> None:
+    made = plan({"budget": "1M tokens"})
+    assert 0.99e6 < values(made)["tokens"] <= 1e6
+    # Given that size's computation, no other does better (Hoffmann et al. 2022): asking for the FLOPs gives it again.
+    again = plan({"budget": f"{made['predicted']['flops']} FLOPs"})
+    assert values(again)["hidden_size"] == values(made)["hidden_size"]
+    assert values(plan({"budget": "8M tokens"}))["hidden_size"] > values(made)["hidden_size"]
+
+
+def test_a_budget_of_flops_is_spent(measured: list[ModelConfig]) -> None:
+    for flops in (1e13, 1e14):
+        made = plan({"budget": f"{flops:.0e} FLOPs"})
+        assert 0.99 * flops < made["predicted"]["flops"] <= flops
+
+
+def test_a_budget_of_dollars_needs_a_price_and_is_time(measured: list[ModelConfig]) -> None:
+    with pytest.raises(UserError, match=r"needs a price: set plan\.price_per_hour"):
+        plan({"budget": "0.02 dollars"})
+    made = plan({"budget": "0.02 dollars"}, plan={"price_per_hour": 0.2, "watts": 100})
+    assert values(made) == values(plan({"budget": "6 minutes"}))
+    assert made["predicted"]["cost_dollars"] == 0.02
+    assert made["predicted"]["energy_kwh"] == pytest.approx(0.01, rel=0.01)
+
+
+@pytest.mark.parametrize("budget", ["100 tokens", "1e6 FLOPs", "0.00001 dollars", "0.1 seconds"])
+def test_any_budget_too_small_names_one_that_is_enough(measured: list[ModelConfig], budget: str) -> None:
+    with pytest.raises(UserError, match=r"too small for any model: the smallest \(width 64, 2 layers\)") as refused:
+        plan({"budget": budget}, plan={"price_per_hour": 1.0})
+    enough = str(refused.value).split("'")[1]
+    assert values(plan({"budget": enough}, plan={"price_per_hour": 1.0}))["steps"] >= 20
+
+
+def test_devices_that_are_not_here(measured: list[ModelConfig]) -> None:
+    made = plan({"budget": "2 hours", "precision": "auto"}, WEB, plan={**H100, "price_per_hour": 3, "watts": 700})
+    assert not measured
+    predicted, value = made["predicted"], values(made)
+    assert value["precision"] == "bfloat16"
+    assert "data sheet" in made["values"]["steps"]["reason"]
+    assert value["parallel"]["replicate"] == 8
+    # 40 % of 989 TFLOP/s on each of eight.
+    assert predicted["flops"] / predicted["seconds"] == pytest.approx(0.4 * 989e12 * 8, rel=0.02)
+    low, high = predicted["seconds_interval"]
+    assert low < 0.85 * predicted["seconds"] < 1.3 * predicted["seconds"] < high
+    assert predicted["cost_dollars"] == pytest.approx(48, rel=0.01)
+    assert predicted["energy_kwh"] == pytest.approx(11.2, rel=0.01)
+    assert predicted["extrapolation"] > 100
+    assert value["matrix_learning_rate"] < 0.05
+    with pytest.raises(UserError, match=r"plan\.device = 'H1000' is in no table .* known are .*H100 SXM"):
+        plan({"budget": "2 hours"}, WEB, plan={"device": "H1000"})
+
+
+def test_layouts_grow_with_the_model(measured: list[ModelConfig]) -> None:
+    def made(width: int, layers: int, devices: int, length: int = 2048) -> dict[str, Any]:
+        pretrain = {"budget": "300B tokens", "precision": "bfloat16", "sequence_length": length, "batch_size": 64}
+        machine = {"device": "NVIDIA H100", "devices": devices}
+        result = plan(pretrain, WEB, model={"hidden_size": width, "num_hidden_layers": layers}, plan=machine)
+        assert result["predicted"]["memory_bytes"] < 80 * 2**30
+        return values(result)
+
+    assert made(768, 12, 8)["parallel"] == {"replicate": 8, "shard": 1, "context": 1, "tensor": 1, "expert": 1}
+    assert made(4096, 36, 8)["parallel"]["shard"] > 1
+    large = made(8192, 51, 64)
+    assert large["parallel"]["shard"] > 8
+    long = made(8192, 51, 64, 131_072)
+    assert long["activation_checkpointing"] == "full"
+    assert long["parallel"]["tensor"] * long["parallel"]["context"] > 1
+    with pytest.raises(UserError, match="GiB of memory even row by row and each device has 80"):
+        made(8192, 51, 1)
+
+
+def test_layouts_that_do_not_fit(measured: list[ModelConfig]) -> None:
+    with pytest.raises(UserError, match="= 6 does not fit the 8 processes"):
+        plan({"budget": "1 hour", "parallel": {"shard": 3}}, WEB, plan=H100)
+    model = {"hidden_size": 768, "num_hidden_layers": 12}
+    with pytest.raises(UserError, match=r"12 query heads cannot be divided by parallel\.tensor = 8"):
+        plan({"budget": "1 hour", "parallel": {"tensor": 8}}, WEB, plan=H100, model=model)
+    with pytest.raises(UserError, match="a batch of 12 rows cannot be divided among 8 groups"):
+        plan({"budget": "1 hour", "parallel": {"shard": 8}, "batch_size": 12}, WEB, plan=H100, model=model)
+    with pytest.raises(UserError, match="a batch of 3 rows cannot be divided among 8 devices"):
+        plan({"budget": "1 hour", "batch_size": 3}, WEB, plan=H100, model=model)
+    asked = {"budget": "1 hour", "parallel": {"shard": 2, "tensor": 2}, "activation_checkpointing": "full"}
+    value = values(plan(asked, WEB, plan=H100, model=model))
+    assert value["parallel"] == {"replicate": 2, "shard": 2, "context": 1, "tensor": 2, "expert": 1}
+    assert value["activation_checkpointing"] == "full"
+
+
+# Rules
+
+
+def test_batches_grow_with_the_tokens() -> None:
+    assert [batch_tokens(tokens, False)[0] for tokens in (1e5, 3.1e6, 7e6, 1e8)] == [2048, 2048, 2048, 8192]
+    assert batch_tokens(1.32e9, True)[0] == 2**19  # nanochat's depth 12
+    assert batch_tokens(8.76e9, True)[0] == 2**20  # its depth 24
+
+
+def test_the_demo_keeps_its_learning_rates_and_larger_batches_get_scaled_ones() -> None:
+    asked = OptimizerConfig()
+    assert scale_optimizer(asked, 2048, 192, 3e6, False)[0] == asked
+    scaled, why = scale_optimizer(asked, 8192, 1024, 1e8, False)
+    assert scaled.matrix_learning_rate == pytest.approx(2 * asked.matrix_learning_rate)
+    assert scaled.embedding_learning_rate == pytest.approx(2 * asked.embedding_learning_rate)
+    assert "Malladi" in why["matrix_learning_rate"].reason
+    own = asked.model_copy(update={"matrix_learning_rate": 0.05, "weight_decay": 0.2})
+    kept, why = scale_optimizer(own, 8192, 1024, 1e8, False)
+    assert (kept.matrix_learning_rate, kept.weight_decay) == (0.05, 0.2)
+    assert why["weight_decay"].reason == "set in the recipe"
+    large, _ = scale_optimizer(asked, 2**19, 768, 1.32e9, True)  # at nanochat's reference: its values
+    assert (large.matrix_learning_rate, large.head_learning_rate, large.weight_decay) == (0.02, 0.008, 0.28)
+    adamw, why = scale_optimizer(asked.model_copy(update={"kind": "adamw"}), 2**19, 768, 1.32e9, True)
+    assert learning_rates(adamw, 768)["matrix"] == pytest.approx(6e-4)  # GPT-3's of that width
+    assert "at this width" in why["adamw_matrix_learning_rate"].reason
+
+
+def test_the_plan_holds_the_whole_optimizer(measured: list[ModelConfig]) -> None:
+    made = values(plan({"budget": "2 minutes", "optimizer": {"head_learning_rate": 0.01, "momentum": 0.9}}))
+    settings = OptimizerConfig.parse(made["optimizer"])
+    assert (settings.head_learning_rate, settings.momentum) == (0.01, 0.9)
+    assert settings.matrix_learning_rate == made["matrix_learning_rate"]
+
+
+# Memory
+
+
+def shape_of(width: int = 128, layers: int = 4, length: int = 256, **settings: Any) -> ModelConfig:
+    architecture = Recipe.parse({"model": settings}).model
+    return architecture.build(4096, length, width, layers)
+
+
+@pytest.mark.parametrize("settings", [{}, {"tie_word_embeddings": True}, {"family": "nanochat"}])
+def test_parameters_are_those_of_the_model(settings: dict[str, Any]) -> None:
+    shape = shape_of(64, 2, **settings)
+    vectors = sum(p.numel() for p in Transformer(shape).parameters() if p.ndim < 2)
+    assert parameters(shape) == Transformer(shape).num_parameters() - vectors
 
 
 def test_memory_grows_with_everything() -> None:
-    def needed(hidden_size: int = 128, tokens: int = 1024, length: int = 256, num_bytes: int = 4) -> int:
-        shape = Recipe().model.build(4096, length, hidden_size, 4)
-        return training_bytes(shape, tokens, length, num_bytes)
+    def needed(width: int = 128, rows: int = 4, length: int = 256, precision: str = "float32") -> int:
+        return training_memory(shape_of(width, length=length), rows, length, precision).total
 
-    assert needed() < min(needed(hidden_size=256), needed(tokens=2048), needed(length=512))
-    assert needed(num_bytes=2) < needed()
+    assert needed() < min(needed(width=256), needed(rows=8), needed(length=512))
+    assert needed(precision="bfloat16") < needed()
+    tied, own = (training_memory(shape_of(tie_word_embeddings=tied), 1, 256, "float32") for tied in (True, False))
+    table = 4096 * 128
+    assert own.weights - tied.weights == own.gradients - tied.gradients == 4 * table
+    assert own.optimizer - tied.optimizer == 8 * table
+
+
+def test_what_each_way_of_saving_memory_saves() -> None:
+    shape = shape_of(512, 8, 1024)
+
+    def needed(checkpointing: Any = "none", rows: int = 16, **axes: int) -> Any:
+        return training_memory(shape, rows, 1024, "bfloat16", checkpointing, ParallelConfig(**axes), accelerator=True)
+
+    none, selective, full = (needed(level).activations for level in ("none", "selective", "full"))
+    assert full < selective < none
+    alone, shared, divided = needed(), needed(shard=4), needed(tensor=4)
+    for part in ("optimizer", "gradients"):
+        assert getattr(divided, part) == pytest.approx(getattr(alone, part) / 4)
+    assert shared.optimizer == pytest.approx(alone.optimizer / 4)
+    assert alone.gradients / 4 < shared.gradients < alone.gradients  # a gathered layer's comes on top
+    assert shared.activations == alone.activations > divided.activations
+    assert needed(context=4).activations == pytest.approx(alone.activations / 4)
+    assert needed(replicate=4) == alone
+    states = [training_memory(shape, 1, 1024, "float32", optimizer=kind).optimizer for kind in STATE_BYTES]
+    assert states[2] == states[1] / 4 < states[0] < states[1]
+
+
+def test_a_control_group_limits_the_memory(tmp_path: Path) -> None:
+    groups, mounted = tmp_path / "cgroup", tmp_path / "fs"
+    inner = mounted / "jobs" / "mine"
+    inner.mkdir(parents=True)
+    groups.write_text("0::/jobs/mine\n")
+    assert cgroup_memory_limit(groups, mounted) is None
+    (inner / "memory.max").write_text("max\n")
+    assert cgroup_memory_limit(groups, mounted) is None
+    (mounted / "jobs" / "memory.max").write_text("3000\n")
+    assert cgroup_memory_limit(groups, mounted) == 3000  # that of a group around it holds too
+    (inner / "memory.max").write_text("2000\n")
+    assert cgroup_memory_limit(groups, mounted) == 2000
+    old = mounted / "memory" / "docker"
+    old.mkdir(parents=True)
+    (old / "memory.limit_in_bytes").write_text("1000\n")
+    (mounted / "memory" / "memory.limit_in_bytes").write_text(f"{2**63 - 4096}\n")
+    groups.write_text("4:cpu,cpuacct:/jobs/mine\n7:memory:/docker\n")
+    assert cgroup_memory_limit(groups, mounted) == 1000
+    groups.write_text("7:memory:/elsewhere\n")
+    assert cgroup_memory_limit(groups, mounted) is None
+    assert cgroup_memory_limit(tmp_path / "none", mounted) is None
 
 
 def test_a_real_step_takes_time() -> None:
     shape = Recipe().model.build(320, 16, 32, 1)
     assert 0 < measure_step(shape, rows=1, length=16, precision="float32", steps=1) < 30
+    assert 0 < measure_step(shape, rows=1, length=16, precision="float32", steps=1, parts=3) < 30

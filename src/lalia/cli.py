@@ -131,31 +131,91 @@ def plan(
     overrides: Overrides = None,
     folder: RunFolder = None,
     minutes: Annotated[float | None, typer.Option(help="training time; same as pretrain.budget")] = None,
+    budget: Annotated[str | None, typer.Option(help="such as '1e18 FLOPs', '300M tokens' or '5 dollars'")] = None,
+    devices: Annotated[int | None, typer.Option(help="plan for so many devices")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="plan for a device that is not here, such as 'NVIDIA H100'")
+    ] = None,
+    fit: Annotated[
+        bool, typer.Option("--fit", help="fit a scaling law to finished runs: lalia plan --fit RUN ...")
+    ] = False,
+    ladder: Annotated[bool, typer.Option("--ladder", help="print the small runs to fit a law to")] = False,
+    law: Annotated[Path | None, typer.Option(help="go by this law; with --fit, where to write it")] = None,
     as_json: Json = False,
 ) -> None:
-    """Show what a training time gives on this machine, and why."""
+    """Show what a budget gives on this machine or on others, and why."""
     from lalia.progress import Progress
 
+    if minutes is not None and budget is not None:
+        raise UserError("--minutes and --budget are both a budget; leave out one of them")
     overrides = list(overrides or [])
-    if minutes is not None:
-        overrides.append(f'pretrain.budget="{minutes:f} minutes"')
+    asked = {
+        "pretrain.budget": f'"{minutes:f} minutes"' if minutes is not None else budget,
+        "plan.devices": devices,
+        "plan.device": device,
+        "plan.law": None if fit else law,
+    }
+    overrides += [f"{key}={value}" for key, value in asked.items() if value is not None]
+    progress = Progress(quiet=True)
+    if fit:
+        _fit(source, overrides, law, progress, as_json)
+        return
     recipe, run_folder = _resolve(source, overrides, folder)
-    if minutes is not None and recipe.pretrain.steps:
+    if (minutes is not None or budget is not None) and recipe.pretrain.steps:
         raise UserError(
-            f"--minutes has no effect where the number of steps is fixed (pretrain.steps = {recipe.pretrain.steps}); "
-            "leave out one of them"
+            f"{'--minutes' if budget is None else '--budget'} has no effect where the number of steps is fixed "
+            f"(pretrain.steps = {recipe.pretrain.steps}); leave out one of them"
         )
     from lalia.pipeline import Run, stages_until, status
     from lalia.planner import facts_of_data, make_plan
 
-    progress = Progress(quiet=True)
     run = Run(run_folder, recipe, progress)
     tokenized = all(status(run, stage)[0] == "done" for stage in stages_until(recipe, "tokens"))
-    result = make_plan(recipe, facts_of_data(recipe, run_folder if tokenized else None), progress)
+    facts = facts_of_data(recipe, run_folder if tokenized else None)
+    if ladder:
+        from lalia.scaling import plan_ladder
+
+        result = plan_ladder(
+            recipe, facts, source or recipe.name, run_folder.with_name(f"{recipe.name}-ladder"), progress
+        )
+        if as_json:
+            print_json(result)
+        else:
+            print("\n".join([f"# {len(result['rungs'])} runs, about {result['seconds']:,.0f} s", *result["commands"]]))
+        return
+    result = make_plan(recipe, facts, progress)
     if as_json:
         print_json(result)
         return
     _print_plan(result)
+
+
+def _fit(source: str | None, arguments: list[str], law: Path | None, progress: Any, as_json: bool) -> None:
+    """Without a key and a value, an argument is a run folder."""
+    from lalia.scaling import fit_and_plan
+
+    names = [source or "", *arguments]
+    folders = [Path(name) for name in names if name and ("=" not in name or Path(name).exists())]
+    if not folders:
+        raise UserError(
+            "--fit takes finished runs: lalia plan --fit RUN RUN ...; lalia plan --ladder prints some to make"
+        )
+    settings = [name for name in names if name and Path(name) not in folders]
+    result, curve = fit_and_plan(folders, settings, law or folders[0].parent / "law.json", progress)
+    if as_json:
+        print_json(result)
+        return
+    for entry in result["runs"]:
+        print(f"{entry['name']:<40} {entry['bits_per_byte']:.3f} bits per byte, by the law {entry['expected']:.3f}")
+    print(
+        "bits per byte = {floor:.4g} + {size:.4g} / N^{size_exponent:.3g} + {data:.4g} / D^{data_exponent:.3g}".format(
+            **result["law"]
+        )
+    )
+    print(curve)
+    if result["plan"]:
+        _print_plan(result["plan"])
+    print(f"wrote {' and '.join(result['files'])}; lalia plan --law {result['files'][0]} goes by it")
 
 
 @app.command()
@@ -399,15 +459,32 @@ def _logprobs(result: Any) -> list[dict[str, Any]]:
 def _print_plan(result: dict[str, Any]) -> None:
     for name, entry in result["values"].items():
         value = entry["value"]
-        shown = f"{value:,}" if isinstance(value, int) else str(value)
+        if name == "parallel":
+            value = " x ".join(f"{axis} {count}" for axis, count in value.items() if count > 1) or "none"
+        shown = f"{value:,}" if isinstance(value, int) else "" if isinstance(value, dict) else str(value)
         print(f"{name.replace('_', ' '):<24} {shown:>12}   {entry['reason']}")
     predicted = result["predicted"]
-    low, high = predicted["bits_per_byte_interval"]
-    rows = (
-        ("time", f"{predicted['seconds']:,.0f} s", f"at {predicted['tokens_per_second']:,} tokens/s, measured here"),
-        ("memory", f"{predicted['memory_bytes'] / 2**20:,.0f} MiB", "weights, optimizer, activations, runtime"),
-        ("bits per byte", f"{predicted['bits_per_byte']:.2f}", f"between {low:.2f} and {high:.2f}"),
-    )
+    (low, high), (soon, late) = predicted["bits_per_byte_interval"], predicted["seconds_interval"]
+    far = predicted["extrapolation"]
+    doubt = f"; {far:,.0f} times as large as the law's largest run: fit your own (--ladder)" if far > 10 else ""
+    rows = [
+        (
+            "time",
+            f"{predicted['seconds']:,.0f} s",
+            f"{soon:,.0f} to {late:,.0f} s; {predicted['tokens_per_second']:,} tokens/s",
+        ),
+        (
+            "memory",
+            f"{predicted['memory_bytes'] / 2**20:,.0f} MiB",
+            "of a device: weights, optimizer, activations, runtime",
+        ),
+        ("computation", f"{predicted['flops']:.3g}", "FLOPs, attention without causal halving (docs/planning.md)"),
+        ("bits per byte", f"{predicted['bits_per_byte']:.2f}", f"between {low:.2f} and {high:.2f}{doubt}"),
+    ]
+    if "energy_kwh" in predicted:
+        rows.append(("energy", f"{predicted['energy_kwh']:,} kWh", "plan.watts x devices x time"))
+    if "cost_dollars" in predicted:
+        rows.append(("cost", f"{predicted['cost_dollars']:,.2f} $", "plan.price_per_hour x devices x time"))
     for name, value, reason in rows:
         print(f"{'expected ' + name:<24} {value:>12}   {reason}")
 

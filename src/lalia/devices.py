@@ -37,8 +37,38 @@ def cpu_name() -> str:
 
 
 def memory_bytes() -> int:
-    """Physical memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Memory this process may fill: the machine's, or less where a control group (a container, a job) limits it."""
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(physical, cgroup_memory_limit() or physical)
+
+
+def cgroup_memory_limit(groups: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """The least memory limit among this process's control group and those that contain it; None without one.
+
+    Args:
+        groups: lines "number:controllers:path"; version 2 has number 0 and no controllers.
+        mounted: where the groups are mounted. Inside a container it is often the container's own group that is
+            mounted there, and its path names nothing: then the root counts.
+    """
+    try:
+        lines = groups.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    limits: list[int] = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root, name = (mounted / "memory", "memory.limit_in_bytes") if controllers else (mounted, "memory.max")
+        group = root / path.lstrip("/")
+        for folder in (group, *(parent for parent in group.parents if parent.is_relative_to(root))):
+            try:
+                text = (folder / name).read_text(encoding="utf-8").strip()
+            except OSError:
+                continue
+            if text.isdigit() and int(text) < 1 << 62:  # "max", and version 1's number of that meaning
+                limits.append(int(text))
+    return min(limits, default=None)
 
 
 def peak_memory_bytes() -> int:

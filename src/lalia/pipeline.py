@@ -14,6 +14,7 @@ import json
 import shutil
 import sys
 import time
+import tomllib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -351,7 +352,8 @@ def load_run_recipe(folder: Path, overrides: Iterable[str] = ()) -> Recipe:
     if not path.exists():
         raise CorruptFile(f"{folder} is not a run folder: it has no recipe.toml; make one with `lalia run RECIPE`")
     values = read_toml(path)
-    missing = [name for name in Recipe.model_fields if name not in values]
+    written = tomllib.loads(to_toml(Recipe().model_dump(mode="json")))
+    missing = [name for name in written if name not in values]
     if missing and (folder / "run.lock").exists():  # with defaults in their place, everything would be made anew
         raise CorruptFile(
             f"{path} is cut short: it lacks {', '.join(missing)}; start the run again with its recipe or data and "

@@ -1,13 +1,11 @@
-"""From a budget to a model: shape, tokens, batch, learning rates, memory, time and expected quality, with reasons.
+"""From a budget to a model: shape, tokens, batch, learning rates, layout, memory, time and quality, with reasons.
 
 The speed is measured on this machine by a short calibration; the rules that turn it into a plan are published ones
 or were measured in LOG.md, and each value says which.
 """
 
 import math
-import statistics
-import time
-from dataclasses import dataclass
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,33 +16,44 @@ from lalia.errors import UserError
 from lalia.files import read_json
 from lalia.model.config import ModelConfig
 from lalia.model.shapes import ArchitectureConfig
-from lalia.model.transformer import Transformer
+from lalia.planning.law import effective_bytes, load_law
+from lalia.planning.layout import FILL, NODE, Placement, place
+from lalia.planning.memory import Checkpointing, Memory, parameters, training_memory
+from lalia.planning.rules import (
+    FEW_EPOCHS,
+    MOST_EPOCHS,
+    SMALL_BATCH_TOKENS,
+    batch_tokens,
+    depth_of,
+    scale_optimizer,
+)
+from lalia.planning.speed import (
+    LOOPBACK,
+    NETWORK_LINK,
+    NODE_LINK,
+    RECOMPUTED,
+    Speed,
+    bfloat16_speedup,
+    estimated_step,
+    measure_step,
+    relative_cost,
+    require_datasheet,
+    with_communication,
+)
 from lalia.progress import Progress
 from lalia.recipe import Recipe
-from lalia.training.config import parse_budget
-from lalia.training.linear_cross_entropy import linear_cross_entropy
-from lalia.training.trainer import initialize, make_optimizers
+from lalia.training.config import Amount, parse_budget
+from lalia.training.hardware import device_name, find_datasheet
+from lalia.training.parallel.layout import ParallelConfig
 
 WIDTHS = (64, 96, 128, 192, 256, 320, 384, 448, 512, 640, 768, 1024)
+LARGE_WIDTHS = (1280, 1536, 2048, 2560, 3072, 4096, 5120, 6144, 8192)
 """Widths the planner chooses among; the depth follows from the width."""
 
-LAW_FLOOR, LAW_SIZE, LAW_SIZE_EXPONENT, LAW_DATA, LAW_DATA_EXPONENT = 1.6, 380.8, 0.56, 312.9, 0.48
-"""bits per byte = floor + size / N^a + data / D^b, with N matrix weights and D effective bytes (Hoffmann et al. 2022),
-fitted to the ladder of runs in LOG.md on Shakespeare. Other text shifts the floor, hence the interval."""
-
-REPEAT_DECAY_EPOCHS = 15.4
-"""Data repeated r times is worth U (1 + R (1 - exp(-r / R))) fresh bytes (Muennighoff et al. 2023)."""
-
-RUNTIME_BYTES = 420 * 2**20
-"""Resident size of Python with PyTorch, pyarrow and the tokenizer before the first tensor, measured."""
-
-
-@dataclass(frozen=True)
-class Speed:
-    """What a machine does on a shape: seconds of one optimizer step, by measurement."""
-
-    seconds_per_step: float
-    flops_per_second: float
+LEAST_STEPS = 20
+"""A model that gets fewer steps has learned nothing worth the name."""
+TIME_ACCURACY = 0.2
+"""Relative error of the time that a measured speed predicts (benchmarks/planner_accuracy.py)."""
 
 
 def make_plan(recipe: Recipe, manifest: dict[str, Any], progress: Progress) -> dict[str, Any]:
@@ -60,10 +69,9 @@ def make_plan(recipe: Recipe, manifest: dict[str, Any], progress: Progress) -> d
         "predicted": {...}, "calibration": {...}}.
 
     Raises:
-        UserError: if the budget is too small for any model, or the data for one batch.
+        UserError: if the budget is too small for any model, the data for one batch, or the devices for the layout.
     """
-    planner = _Planner(recipe, manifest, progress)
-    return planner.plan()
+    return _Planner(recipe, manifest, progress).plan()
 
 
 def facts_of_data(recipe: Recipe, run_folder: Path | None) -> dict[str, Any]:
@@ -86,13 +94,21 @@ def facts_of_data(recipe: Recipe, run_folder: Path | None) -> dict[str, Any]:
 
 class _Planner:
     def __init__(self, recipe: Recipe, manifest: dict[str, Any], progress: Progress) -> None:
-        self.recipe, self.progress = recipe, progress
+        self.recipe, self.config, self.progress = recipe, recipe.pretrain, progress
         train = manifest["splits"]["train"]
         self.train_tokens, self.train_bytes = int(train["num_tokens"]), int(train["num_bytes"])
         self.num_documents = int(train.get("num_documents", self.train_tokens))
         self.estimated = manifest.get("estimated", False)
         self.bytes_per_token = self.train_bytes / self.train_tokens
         self.vocab_size = int(manifest["vocab_size"])
+        self.law = load_law(recipe.plan.law)
+        self.sheet = require_datasheet(recipe.plan.device) if recipe.plan.device else None
+        self.here = "cuda" if self.sheet is None and torch.cuda.is_available() else "cpu"
+        self.accelerator = self.sheet is not None or self.here != "cpu"
+        started = int(os.environ.get("WORLD_SIZE", "1"))
+        self.devices = recipe.plan.devices or started
+        self.device_bytes = self._device_bytes(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        self.asked_layout = None if self.config.parallel == ParallelConfig() else self.config.parallel
         self.values: dict[str, dict[str, Any]] = {}
         self.calibration: dict[str, Any] = {}
 
@@ -101,36 +117,35 @@ class _Planner:
         return value
 
     def plan(self) -> dict[str, Any]:
-        config = self.recipe.pretrain
-        threads = self.set("threads", use_threads(), "one per processor (OMP_NUM_THREADS overrides)")
-        precision = self._precision()
+        self._set_devices()
+        precision = self.set("precision", *self._precision())
         length = self.set("sequence_length", *self._sequence_length())
-        batch = self.set("batch_size", *self._batch_size(length))
-        self._check_rows(length, batch)
-        budget = parse_budget(config.budget) if config.budget else None
-        if budget is None and config.steps is None:
+        budget = parse_budget(self.config.budget) if self.config.budget else None
+        if budget is None and self.config.steps is None:
             raise UserError("pretrain needs a budget (pretrain.budget = '6 minutes') or a number of steps")
-        shape, reason = self._shape(budget, length, batch, precision)
-        speed = self._measure(shape, length, batch, precision, steps=9)
-        steps = self._steps(budget, speed, length * batch)
-        self._describe(shape, reason)
-        tokens = self.set("tokens", steps * length * batch, "steps x batch x sequence length")
-        epochs = tokens / self.train_tokens
+        rows = self._rows(SMALL_BATCH_TOKENS, length)
+        self._check_rows(length, rows)
+        shape, reason, tokens = self._shape(budget, length, rows, precision)
+        wanted, batch_reason = batch_tokens(tokens, self.accelerator)
+        if self._rows(wanted, length) != rows:
+            rows = self._rows(wanted, length)
+            self._check_rows(length, rows)
+        if self.config.batch_size:
+            batch_reason = "set in the recipe"
         self.set(
-            "epochs",
-            round(epochs, 3),
-            f"over {'an estimated ' if self.estimated else ''}{self.train_tokens:,} training tokens",
+            "batch_size", rows, batch_reason if self.config.batch_size else f"{rows * length:,} tokens: {batch_reason}"
         )
-        self._explain_optimizer()
-        seconds = steps * speed.seconds_per_step
-        predicted = {
-            "seconds": round(seconds, 1),
-            "seconds_per_step": round(speed.seconds_per_step, 5),
-            "tokens_per_second": round(length * batch / speed.seconds_per_step),
-            "memory_bytes": self._memory(shape, length, batch, precision),
-            **self._predict_quality(shape.num_matrix_parameters(), tokens),
-        }
-        self.calibration |= {"threads": threads, "flops_per_second": round(speed.flops_per_second)}
+        placement = self._place(shape, rows, length, precision)
+        if placement is None:
+            raise self._too_large(shape, rows, length, precision)
+        self._describe_placement(placement)
+        speed = self._speed(shape, placement, rows, length, precision, steps=9)
+        steps = self._steps(budget, shape, speed, rows * length, length)
+        self._describe(shape, reason)
+        tokens = self.set("tokens", steps * length * rows, "steps x batch x sequence length")
+        self.set("epochs", round(tokens / self.train_tokens, 3), self._about_epochs(tokens / self.train_tokens))
+        self._set_optimizer(rows * length, shape.hidden_size, tokens)
+        predicted = self._predict(shape, placement, speed, steps, rows * length, length)
         self._say(predicted)
         return {
             "values": self.values,
@@ -139,35 +154,58 @@ class _Planner:
             "calibration": self.calibration,
         }
 
-    def _precision(self) -> str:
-        asked = self.recipe.pretrain.precision
-        if asked != "auto":
-            return self.set("precision", asked, "set in the recipe")
-        times = {}
-        for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
-            a, b = torch.randn(2048, 256, dtype=dtype), torch.randn(768, 256, dtype=dtype)
-            times[name] = _fastest(lambda a=a, b=b: a @ b.t(), repeats=12)
-        gain = times["float32"] / times["bfloat16"]
+    # What there is to compute with
+
+    def _device_bytes(self, processes_here: int) -> int:
+        if self.sheet is not None:
+            return self.sheet.memory_bytes
+        if self.here == "cuda":
+            return torch.cuda.get_device_properties(0).total_memory
+        return memory_bytes() // processes_here
+
+    def _set_devices(self) -> None:
+        if self.sheet is not None:
+            self.set("devices", self.devices, f"{self.sheet.name}, not here: estimated from its data sheet")
+            return
+        threads = self.set("threads", use_threads(), "one per processor (OMP_NUM_THREADS overrides)")
+        self.calibration["threads"] = threads
+        name = device_name(torch.device(self.here))
+        self.set("devices", self.devices, f"{'each like ' if self.devices > 1 else ''}{name}")
+
+    def _precision(self) -> tuple[str, str]:
+        if self.config.precision != "auto":
+            return self.config.precision, "set in the recipe"
+        if self.accelerator:
+            return "bfloat16", "what accelerators are built for; weights stay float32 (Micikevicius et al. 2018)"
+        gain = bfloat16_speedup()
         self.calibration["bfloat16_matmul_speedup"] = round(gain, 2)
         chosen = "bfloat16" if gain > 1.3 else "float32"
-        return self.set("precision", chosen, f"bfloat16 products measured {gain:.1f}x as fast as float32 here")
+        return chosen, f"bfloat16 products measured {gain:.1f}x as fast as float32 here"
+
+    # Rows and batches
 
     def _sequence_length(self) -> tuple[int, str]:
-        asked = self.recipe.pretrain.sequence_length
-        if asked:
-            return asked, "set in the recipe"
-        return 256, "best bits per byte at equal time on the demo's data among 128, 256 and 512 (LOG.md)"
+        if self.config.sequence_length:
+            return self.config.sequence_length, "set in the recipe"
+        if not self.accelerator:
+            return 256, "best bits per byte at equal time on the demo's data among 128, 256 and 512 (LOG.md)"
+        length = 2048
+        while length > 256 and length * 64 > self.train_tokens:
+            length //= 2
+        return length, "as nanochat trains, shorter for little text"
 
-    def _batch_size(self, length: int) -> tuple[int, str]:
-        asked = self.recipe.pretrain.batch_size
-        if asked:
-            return asked, "set in the recipe"
-        rows = max(1, 2048 // length)
+    def _rows(self, tokens: int, length: int) -> int:
+        """Rows of a batch: those asked for, or `tokens` worth, less for little text, a multiple of the devices."""
+        if self.config.batch_size:
+            return self.config.batch_size
+        rows = max(1, tokens // length)
         while rows > 1 and rows * length * 4 > self.train_tokens:
             rows //= 2
-        return rows, f"{rows * length:,} tokens per step: small batches learn most per token in short runs (LOG.md)"
+        layout = self.config.parallel
+        groups = max(1, self.devices // (layout.context * layout.tensor))
+        return -(-rows // groups) * groups
 
-    def _check_rows(self, length: int, batch: int) -> None:
+    def _check_rows(self, length: int, rows: int) -> None:
         """Refuse rows that the model or the data cannot fill, before anything is measured."""
         context = self.recipe.model.max_position_embeddings
         if context and context < length:
@@ -176,110 +214,276 @@ class _Planner:
                 f"(pretrain.sequence_length = {length}); raise it, or shorten the rows"
             )
         most_rows = self.train_tokens // length + self.num_documents  # no document leaves more than one row unfilled
-        if batch > most_rows:
+        if rows > most_rows:
             raise UserError(
                 f"the training text has {self.train_tokens} tokens, at most {most_rows} rows of {length}, but a batch "
-                f"takes {batch}; give more text, set pretrain.batch_size to {most_rows} or less, or shorten "
+                f"takes {rows}; give more text, set pretrain.batch_size to {most_rows} or less, or shorten "
                 "pretrain.sequence_length"
             )
 
-    def _shape(self, budget: float | None, length: int, batch: int, precision: str) -> tuple[ModelConfig, str]:
-        asked = self.recipe.model
+    # Which model
+
+    def _shape(self, budget: Amount | None, length: int, rows: int, precision: str) -> tuple[ModelConfig, str, float]:
+        """The model, why that one, and about how many tokens it will train on."""
+        asked, per_step = self.recipe.model, rows * length
         if asked.hidden_size and asked.num_hidden_layers:
-            return asked.build(self.vocab_size, length), "set in the recipe"
-        if budget is None:
-            raise UserError("with pretrain.steps and no budget, set model.hidden_size and model.num_hidden_layers too")
-        candidates = self._candidates(asked, length)
-        fitting = [c for c in candidates if self._memory(c, length, batch, precision) <= memory_bytes()]
-        candidates = fitting or candidates[:1]
-        probe = candidates[min(3, len(candidates) - 1)]
-        speed = self._measure(probe, length, batch, precision, steps=5)
-        best: tuple[float, ModelConfig] | None = None
-        for candidate in candidates:
-            step = speed.seconds_per_step * _relative_cost(candidate, probe, length)
-            affordable = int(budget / step)
-            steps = self.recipe.pretrain.steps or affordable
-            if steps > affordable or affordable < 20:
-                continue
-            quality = expected_bits_per_byte(
-                candidate.num_matrix_parameters(),
-                steps * length * batch * self.bytes_per_token,
-                self.train_bytes,
-            )
-            if best is None or quality < best[0]:
-                best = (quality, candidate)
-        if best is None:
-            needed = max(20, self.recipe.pretrain.steps or 0)
-            smallest = speed.seconds_per_step * _relative_cost(candidates[0], probe, length) * needed
-            raise UserError(
-                f"a budget of {budget:.0f} s is too small for any model: the smallest needs {smallest:.0f} s for "
-                f"{needed} steps here; set pretrain.budget = '{math.ceil(smallest)} seconds' or more"
-            )
-        return best[1], f"lowest expected bits per byte among {len(candidates)} sizes at the measured speed"
-
-    def _candidates(self, asked: ArchitectureConfig, length: int) -> list[ModelConfig]:
-        widths = [asked.hidden_size] if asked.hidden_size else list(WIDTHS)
-        shapes, refused = [], ""
-        for width in widths:
-            try:
-                shapes.append(asked.build(self.vocab_size, length, width, asked.num_hidden_layers or depth_of(width)))
-            except UserError as error:  # such as heads that do not divide; another width may do
-                refused = str(error)
-        if not shapes:
-            raise UserError(f"no width among {', '.join(map(str, widths))} suits the recipe: {refused}")
-        return shapes
-
-    def _measure(self, shape: ModelConfig, length: int, batch: int, precision: str, steps: int) -> Speed:
-        needed = self._memory(shape, length, batch, precision)
-        if needed > memory_bytes():
-            raise UserError(
-                f"this plan needs about {needed / 2**30:.1f} GiB of memory and the machine has "
-                f"{memory_bytes() / 2**30:.1f} GiB; set a smaller pretrain.batch_size (or pretrain.micro_batch_size), "
-                "pretrain.sequence_length or model.hidden_size"
-            )
-        rows = min(batch, self.recipe.pretrain.micro_batch_size or batch)
-        seconds = measure_step(shape, rows, length, precision, steps) * batch / rows
-        flops = shape.flops_per_token(length) * length * batch
-        return Speed(seconds, flops / seconds)
-
-    def _steps(self, budget: float | None, speed: Speed, tokens_per_step: int) -> int:
-        asked = self.recipe.pretrain.steps
-        if asked:
-            return self.set("steps", asked, "set in the recipe")
+            shape = asked.build(self.vocab_size, length)
+            if self.config.batch_size or self.config.steps:  # then nothing hangs on the tokens
+                return shape, "set in the recipe", (self.config.steps or 1) * float(per_step)
+            sizes, names = [shape], "set in the recipe"
+        else:
+            if budget is None:
+                raise UserError(
+                    "with pretrain.steps and no budget, set model.hidden_size and model.num_hidden_layers too"
+                )
+            sizes, names = candidates(asked, self.vocab_size, length), ""
         assert budget is not None
-        steps = max(1, int(budget / speed.seconds_per_step))
-        return self.set(
-            "steps", steps, f"{budget:.0f} s at the measured {speed.seconds_per_step * 1000:.0f} ms per step"
+        placed = [(shape, self._place(shape, rows, length, precision)) for shape in sizes]
+        fitting = [(shape, placement) for shape, placement in placed if placement is not None]
+        if not fitting:
+            raise self._too_large(sizes[0], rows, length, precision)
+        seconds = self._seconds_per_step(budget, fitting, rows, length, precision)
+        affordable = [
+            (shape, steps)
+            for (shape, _), each in zip(fitting, seconds, strict=True)
+            if (steps := self._affordable(budget, shape, each, per_step, length)) >= LEAST_STEPS
+            and steps >= (self.config.steps or 0)
+        ]
+        if not affordable:
+            raise self._too_small(budget, fitting[0][0], seconds[0], per_step, length)
+        affordable = [(shape, min(self.config.steps or steps, steps)) for shape, steps in affordable]
+        shape, steps = self._best(affordable, budget, per_step)
+        what = (
+            "compute-optimal for that many tokens (Hoffmann et al. 2022)"
+            if budget.unit == "tokens"
+            else ("lowest expected bits per byte")
         )
+        speed = (
+            "" if budget.unit in ("tokens", "FLOPs") else f" at the {'estimated' if self.sheet else 'measured'} speed"
+        )
+        return shape, names or f"{what} among {len(fitting)} sizes{speed}", steps * float(per_step)
+
+    def _best(self, sized: list[tuple[ModelConfig, int]], budget: Amount, per_step: int) -> tuple[ModelConfig, int]:
+        """The size of lowest expected bits per byte; for a fixed number of tokens, where more weights always help, the
+        largest that is the best use of its own computation."""
+        if budget.unit != "tokens":
+            return min(sized, key=lambda one: self._quality(one[0], one[1] * per_step))
+        weights = [shape.num_matrix_parameters() for shape, _ in sized]
+        best = sized[0]
+        for (shape, steps), own in zip(sized, weights, strict=True):
+            tokens = [steps * per_step * own / other for other in weights]  # of equal computation
+            expected = [self._quality(one, count) for (one, _), count in zip(sized, tokens, strict=True)]
+            if min(expected) == self._quality(shape, steps * per_step):
+                best = (shape, steps)
+        return best
+
+    def _quality(self, shape: ModelConfig, tokens: float) -> float:
+        effective = effective_bytes(tokens * self.bytes_per_token, self.train_bytes)
+        return self.law.bits_per_byte(shape.num_matrix_parameters(), effective)
+
+    # What a budget buys
+
+    def _affordable(self, budget: Amount, shape: ModelConfig, seconds: float, per_step: int, length: int) -> int:
+        """Steps that a budget buys, at most as many as still teach something."""
+        limit = MOST_EPOCHS * self.train_tokens / per_step
+        return int(min(self._amount_in_steps(budget, shape, seconds, per_step, length), max(limit, LEAST_STEPS)))
+
+    def _amount_in_steps(self, budget: Amount, shape: ModelConfig, seconds: float, per_step: int, length: int) -> float:
+        if budget.unit == "tokens":
+            return budget.value / per_step
+        if budget.unit == "FLOPs":
+            return budget.value / (shape.flops_per_token(length) * per_step)
+        return self._in_seconds(budget) / seconds
+
+    def _in_seconds(self, budget: Amount) -> float:
+        if budget.unit == "seconds":
+            return budget.value
+        price = self.recipe.plan.price_per_hour
+        if price is None:
+            raise UserError(
+                f"pretrain.budget = {self.config.budget!r} needs a price: set plan.price_per_hour to what one device "
+                "costs in an hour"
+            )
+        return budget.value / (price * self.devices) * 3600.0
+
+    def _too_small(
+        self, budget: Amount, smallest: ModelConfig, seconds: float, per_step: int, length: int
+    ) -> UserError:
+        steps = max(LEAST_STEPS, self.config.steps or 0)
+        share = self._amount_in_steps(budget, smallest, seconds, per_step, length)
+        enough = budget.value * steps / share
+        needed = {
+            "seconds": f"{enough:.3g} s",
+            "FLOPs": f"{enough:.3g} FLOPs",
+            "tokens": f"{enough:,.0f} tokens",
+            "dollars": f"{enough:.2f} dollars",
+        }[budget.unit]
+        # Rounded up, so that what is advised is enough.
+        advised = {
+            "seconds": f"{math.ceil(enough * 1.001)} seconds",
+            "FLOPs": f"{enough * 1.01:.3g} FLOPs",
+            "tokens": f"{math.ceil(enough)} tokens",
+            "dollars": f"{math.ceil(enough * 100) / 100:.2f} dollars",
+        }[budget.unit]
+        return UserError(
+            f"a budget of {budget} is too small for any model: the smallest (width {smallest.hidden_size}, "
+            f"{smallest.num_hidden_layers} layers) needs {needed} for {steps} steps; set pretrain.budget = "
+            f"'{advised}' or more"
+        )
+
+    def _steps(self, budget: Amount | None, shape: ModelConfig, speed: Speed, per_step: int, length: int) -> int:
+        if self.config.steps:
+            return self.set("steps", self.config.steps, "set in the recipe")
+        assert budget is not None
+        steps = max(1, self._affordable(budget, shape, speed.seconds_per_step, per_step, length))
+        reason = f"{budget}"
+        if budget.unit in ("seconds", "dollars"):
+            reason += f" at {speed.seconds_per_step * 1000:.0f} ms per step, {speed.how}"
+        if steps * per_step >= MOST_EPOCHS * self.train_tokens - per_step:
+            reason = f"{MOST_EPOCHS} epochs; more repetition teaches nothing (Muennighoff et al. 2023): give more text"
+        return self.set("steps", steps, reason)
+
+    # Memory and layout
+
+    def _place(self, shape: ModelConfig, rows: int, length: int, precision: str) -> Placement | None:
+        asked = self.config.activation_checkpointing
+
+        def memory(micro_rows: int, checkpointing: Checkpointing, layout: ParallelConfig) -> Memory:
+            kind = self.config.optimizer.kind
+            return training_memory(shape, micro_rows, length, precision, checkpointing, layout, self.accelerator, kind)
+
+        return place(
+            shape,
+            rows,
+            length,
+            self.devices,
+            FILL * self.device_bytes,
+            memory,
+            self.asked_layout,
+            self.config.micro_batch_size,
+            None if asked == "none" else asked,
+        )
+
+    def _too_large(self, shape: ModelConfig, rows: int, length: int, precision: str) -> UserError:
+        one = training_memory(shape, 1, length, precision, "full", ParallelConfig(shard=self.devices), self.accelerator)
+        asked = self.config.micro_batch_size
+        if asked is not None:
+            one = training_memory(shape, asked, length, precision, accelerator=self.accelerator)
+        what = "the machine has" if self.devices == 1 and self.sheet is None else "each device has"
+        return UserError(
+            f"this plan needs about {one.total / 2**30:.1f} GiB of memory{'' if asked else ' even row by row'} and "
+            f"{what} {self.device_bytes / 2**30:.1f} GiB; set a smaller pretrain.batch_size (or "
+            "pretrain.micro_batch_size), pretrain.sequence_length or model.hidden_size, or use more devices"
+        )
+
+    def _describe_placement(self, placement: Placement) -> None:
+        layout, micro, checkpointing = placement.reasons
+        self.set("parallel", placement.layout.model_dump(), layout)
+        self.set("micro_batch_size", placement.micro_rows, micro)
+        self.set("activation_checkpointing", placement.checkpointing, checkpointing)
+
+    # Speed
+
+    def _seconds_per_step(
+        self, budget: Amount, placed: list[tuple[ModelConfig, Placement]], rows: int, length: int, precision: str
+    ) -> list[float]:
+        """Of each size; where the devices are here one is measured, and the others follow from their costs."""
+        if budget.unit in ("tokens", "FLOPs"):
+            return [1.0] * len(placed)  # time buys nothing here
+        if self.sheet is not None:
+            return [self._speed(s, p, rows, length, precision, steps=0).seconds_per_step for s, p in placed]
+        probe, placement = placed[min(3, len(placed) - 1)]
+        seconds = self._speed(probe, placement, rows, length, precision, steps=5).seconds_per_step
+        return [seconds * relative_cost(shape, probe, length) for shape, _ in placed]
+
+    def _speed(
+        self, shape: ModelConfig, placement: Placement, rows: int, length: int, precision: str, steps: int
+    ) -> Speed:
+        layout = placement.layout
+        if self.sheet is not None:
+            return estimated_step(
+                shape, rows * length, length, self.sheet, layout, self.devices, placement.checkpointing
+            )
+        probe = shape
+        if layout.shard * layout.tensor * layout.context > 1:  # what no device holds alone is not measured on one
+            probe = self._measurable(shape, placement.micro_rows, length, precision)
+        parts = rows // placement.data_groups() // placement.micro_rows
+        seconds = measure_step(probe, placement.micro_rows, length, precision, steps, parts, self.here)
+        seconds *= relative_cost(shape, probe, length) * RECOMPUTED[placement.checkpointing]
+        seconds /= layout.tensor * layout.context
+        seconds = with_communication(seconds, shape, layout, self._link())
+        how = "measured here" if probe is shape else f"measured here at width {probe.hidden_size}"
+        return Speed(seconds, seconds * (1 - TIME_ACCURACY), seconds * (1 + TIME_ACCURACY), how)
+
+    def _measurable(self, shape: ModelConfig, rows: int, length: int, precision: str) -> ModelConfig:
+        """The widest model up to this one that a single device holds."""
+        architecture = self.recipe.model.model_copy(update={"hidden_size": None, "num_hidden_layers": None})
+        smaller = [
+            one for one in candidates(architecture, self.vocab_size, length) if one.hidden_size < shape.hidden_size
+        ]
+        for one in [shape, *reversed(smaller)]:
+            needed = training_memory(one, rows, length, precision, accelerator=self.accelerator)
+            if needed.total <= FILL * self.device_bytes:
+                return one
+        raise self._too_large(shape, rows, length, precision)
+
+    def _link(self) -> float:
+        if self.here == "cpu":
+            return LOOPBACK
+        sheet = find_datasheet(device_name(torch.device(self.here)))
+        link = sheet.link_bandwidth if sheet else None
+        return NETWORK_LINK if self.devices > NODE else link or NODE_LINK
+
+    # Words
 
     def _describe(self, shape: ModelConfig, reason: str) -> None:
         self.set("family", shape.family, "chosen among four (docs/decisions/002)")
         self.set("hidden_size", shape.hidden_size, reason)
-        self.set("num_hidden_layers", shape.num_hidden_layers, "depth grows with width (LOG.md)")
+        self.set("num_hidden_layers", shape.num_hidden_layers, "depth grows with width (LOG.md; Qwen3, 2025)")
         self.set("num_attention_heads", shape.num_attention_heads, f"hidden_size / head_dim {shape.head_dim}")
         self.set("intermediate_size", shape.intermediate_size, "8/3 of the width when gated (Shazeer 2020)")
         self.set("vocab_size", shape.vocab_size, "tokenizer")
-        total = shape.num_matrix_parameters() + (
-            0 if shape.tie_word_embeddings else shape.vocab_size * shape.hidden_size
-        )
-        self.set("parameters", total, "matrix weights and embedding")
+        self.set("parameters", parameters(shape), "matrix weights and embedding")
 
-    def _explain_optimizer(self) -> None:
-        settings = self.recipe.pretrain.optimizer
-        self.set("matrix_learning_rate", settings.matrix_learning_rate, "Muon; transfers across widths (Jordan 2024)")
-        self.set("embedding_learning_rate", settings.embedding_learning_rate, "AdamW; swept on the demo (LOG.md)")
+    def _about_epochs(self, epochs: float) -> str:
+        reason = f"over {'an estimated ' if self.estimated else ''}{self.train_tokens:,} training tokens"
+        if epochs > FEW_EPOCHS:
+            reason += f"; beyond {FEW_EPOCHS} they teach less and less (Muennighoff et al. 2023)"
+        return reason
+
+    def _set_optimizer(self, batch: int, width: int, tokens: float) -> None:
+        settings, scaled = scale_optimizer(self.config.optimizer, batch, width, tokens, self.accelerator)
+        for name, one in scaled.items():
+            self.set(name, one.value, one.reason)
         self.set("decay_fraction", settings.decay_fraction, "linear to zero (Bergsma et al. 2025)")
+        self.set("optimizer", settings.model_dump(mode="json"), "all settings of the optimizers, with the above")
 
-    def _memory(self, shape: ModelConfig, length: int, batch: int, precision: str) -> int:
-        rows = min(batch, self.recipe.pretrain.micro_batch_size or batch)
-        return RUNTIME_BYTES + training_bytes(shape, rows * length, length, 2 if precision == "bfloat16" else 4)
-
-    def _predict_quality(self, matrix_parameters: int, tokens: int) -> dict[str, Any]:
-        expected = expected_bits_per_byte(matrix_parameters, tokens * self.bytes_per_token, self.train_bytes)
-        return {
+    def _predict(
+        self, shape: ModelConfig, placement: Placement, speed: Speed, steps: int, per_step: int, length: int
+    ) -> dict[str, Any]:
+        tokens, seconds = steps * per_step, steps * speed.seconds_per_step
+        flops = shape.flops_per_token(length) * tokens
+        effective = effective_bytes(tokens * self.bytes_per_token, self.train_bytes)
+        expected = self.law.bits_per_byte(shape.num_matrix_parameters(), effective)
+        low, high = self.law.interval(shape.num_matrix_parameters(), effective)
+        predicted: dict[str, Any] = {
+            "seconds": round(seconds, 1),
+            "seconds_interval": [round(steps * speed.low, 1), round(steps * speed.high, 1)],
+            "seconds_per_step": round(speed.seconds_per_step, 5),
+            "tokens_per_second": round(per_step / speed.seconds_per_step),
+            "memory_bytes": placement.memory.total,
+            "flops": float(f"{flops:.4g}"),
             "bits_per_byte": round(expected, 3),
-            "bits_per_byte_interval": [round(expected * 0.93, 3), round(expected * 1.07, 3)],
+            "bits_per_byte_interval": [round(low, 3), round(high, 3)],
+            "extrapolation": round(self.law.extrapolation(shape.num_matrix_parameters(), effective), 1),
         }
+        self.calibration["flops_per_second"] = round(flops / seconds)
+        settings = self.recipe.plan
+        if settings.watts:
+            predicted["energy_kwh"] = float(f"{settings.watts * self.devices * seconds / 3.6e6:.3g}")
+        if settings.price_per_hour:
+            predicted["cost_dollars"] = round(settings.price_per_hour * self.devices * seconds / 3600.0, 2)
+        return predicted
 
     def _say(self, predicted: dict[str, Any]) -> None:
         value = {name: entry["value"] for name, entry in self.values.items()}
@@ -293,79 +497,15 @@ class _Planner:
         )
 
 
-def depth_of(width: int) -> int:
-    """Layers of a model of this width."""
-    return max(2, round(width / 56))
-
-
-def expected_bits_per_byte(matrix_parameters: int, trained_bytes: float, unique_bytes: float) -> float:
-    """Bits per byte on held-out text after training on `trained_bytes`, of which `unique_bytes` differ."""
-    effective = effective_bytes(trained_bytes, unique_bytes)
-    return LAW_FLOOR + LAW_SIZE / matrix_parameters**LAW_SIZE_EXPONENT + LAW_DATA / effective**LAW_DATA_EXPONENT
-
-
-def effective_bytes(trained_bytes: float, unique_bytes: float) -> float:
-    """What repeated data is worth in fresh bytes (Muennighoff et al. 2023, equation 5)."""
-    repeats = max(0.0, trained_bytes / unique_bytes - 1.0)
-    fresh = min(trained_bytes, unique_bytes)
-    return fresh * (1.0 + REPEAT_DECAY_EPOCHS * (1.0 - math.exp(-repeats / REPEAT_DECAY_EPOCHS)))
-
-
-def training_bytes(shape: ModelConfig, tokens: int, length: int, bytes_per_activation: int) -> int:
-    """Bytes of weights, gradients, optimizer state and saved activations of one forward pass of `tokens` tokens.
-
-    Weights, gradients and two optimizer values are float32; per token and layer about 8 hidden-sized and 3
-    feed-forward-sized activations stay for backward, and the attention probabilities of a row.
-    """
-    weights = shape.num_matrix_parameters() * 4 * 4
-    per_layer = (
-        8 * shape.hidden_size
-        + 3 * shape.query_size
-        + 3 * shape.intermediate_size
-        + shape.num_attention_heads * length * 3 // 4
-    )
-    activations = tokens * shape.num_hidden_layers * per_layer * bytes_per_activation
-    return weights + activations + 3 * 512 * shape.vocab_size * 4
-
-
-def _relative_cost(shape: ModelConfig, probe: ModelConfig, length: int) -> float:
-    """Time per token of a shape relative to the probe's: its FLOPs, and a share that grows with the activations."""
-
-    def cost(config: ModelConfig) -> float:
-        volume = config.num_hidden_layers * (14 * config.hidden_size + 6 * config.intermediate_size)
-        return config.flops_per_token(length) + 600.0 * volume
-
-    return cost(shape) / cost(probe)
-
-
-def measure_step(shape: ModelConfig, rows: int, length: int, precision: str, steps: int) -> float:
-    """Seconds of one optimizer step on random tokens: the median of `steps` after one that warms up."""
-    from lalia.training.config import OptimizerConfig
-    from lalia.training.pretrain import DTYPES
-
-    model = Transformer(shape)
-    initialize(model, 0)
-    model.compute_dtype = DTYPES[precision]
-    optimizers = make_optimizers(model, OptimizerConfig())
-    tokens = torch.randint(0, shape.vocab_size, (rows, length + 1), generator=torch.Generator().manual_seed(0))
-    times = []
-    for _ in range(steps + 1):
-        began = time.perf_counter()
-        loss, _, count = linear_cross_entropy(
-            model(tokens[:, :-1]), model.head_weight, tokens[:, 1:].contiguous(), shape.logit_softcap
-        )
-        (loss / count).backward()
-        for optimizer in optimizers:
-            optimizer.step()
-        model.zero_grad(set_to_none=True)
-        times.append(time.perf_counter() - began)
-    return statistics.median(times[1:])
-
-
-def _fastest(work: Any, repeats: int) -> float:
-    times = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - began)
-    return min(times)
+def candidates(asked: ArchitectureConfig, vocab_size: int, length: int) -> list[ModelConfig]:
+    """The sizes the planner chooses among, small to large, as far as the recipe leaves them open."""
+    widths = [asked.hidden_size] if asked.hidden_size else [*WIDTHS, *LARGE_WIDTHS]
+    shapes, refused = [], ""
+    for width in widths:
+        try:
+            shapes.append(asked.build(vocab_size, length, width, asked.num_hidden_layers or depth_of(width)))
+        except UserError as error:  # such as heads that do not divide; another width may do
+            refused = str(error)
+    if not shapes:
+        raise UserError(f"no width among {', '.join(map(str, widths))} suits the recipe: {refused}")
+    return shapes

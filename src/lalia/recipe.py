@@ -12,6 +12,7 @@ from lalia.data.config import DataConfig
 from lalia.errors import UserError
 from lalia.evaluation.config import EvaluateConfig
 from lalia.model.shapes import ArchitectureConfig
+from lalia.planning.config import PlanConfig
 from lalia.posttraining.config import FinetuneConfig
 from lalia.settings import Settings
 from lalia.tokenizer.config import TokenizerConfig
@@ -26,7 +27,8 @@ class Recipe(Settings):
     data: DataConfig = DataConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     model: ArchitectureConfig = ArchitectureConfig()
-    pretrain: TrainingConfig = TrainingConfig(budget="6 minutes")
+    plan: PlanConfig = PlanConfig()
+    pretrain: TrainingConfig = TrainingConfig()
     finetune: FinetuneConfig = FinetuneConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
 

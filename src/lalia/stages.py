@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Any
 
 from lalia.devices import process_rank
+from lalia.errors import UserError
 from lalia.files import fingerprint, read_json, write_json
 from lalia.pipeline import Run, Stage
 from lalia.progress import Progress
-from lalia.training.config import RUNTIME_ONLY
+from lalia.training.config import RUNTIME_ONLY, parse_budget
 
 
 def _collect(run: Run, out: Path, mark: str) -> dict[str, Any]:
@@ -33,10 +34,22 @@ def _tokenize(run: Run, out: Path, mark: str) -> dict[str, Any]:
 def _plan(run: Run, out: Path, mark: str) -> dict[str, Any]:
     from lalia.planner import make_plan
 
+    if run.recipe.plan.device:
+        raise UserError(
+            f"plan.device = {run.recipe.plan.device!r} plans for a device that is not here, which lalia plan shows; "
+            "leave it out to train"
+        )
     manifest = read_json(run.path("tokens") / "manifest.json")
     plan = make_plan(run.recipe, manifest, run.progress)
     write_json(out / "plan.json", plan)
     return {name: entry["value"] for name, entry in plan["values"].items()}
+
+
+def _plan_settings(run: Run) -> dict[str, Any]:
+    """What a price and a power say about a plan is no reason to make it anew, unless the budget is money."""
+    budget = run.recipe.pretrain.budget
+    money = budget is not None and parse_budget(budget).unit == "dollars"
+    return run.recipe.plan.model_dump(exclude={"watts"} if money else {"watts", "price_per_hour"})
 
 
 def _planned(run: Run) -> dict[str, Any]:
@@ -118,6 +131,7 @@ STAGES = [
         lambda run: {
             "model": run.recipe.model.model_dump(),
             "pretrain": run.recipe.pretrain.model_dump(exclude=RUNTIME_ONLY),
+            "plan": _plan_settings(run),
         },
         _plan,
         ("plan.json",),

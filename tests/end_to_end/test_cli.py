@@ -281,8 +281,8 @@ def test_chat_says_when_turns_no_longer_fit(main: Main, finished_run: Path) -> N
 def test_plan_gives_values_with_reasons_and_what_to_expect(
     main: Main, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def step_seconds(shape: Any, rows: int, length: int, precision: str, steps: int) -> float:
-        return shape.flops_per_token(length) * rows * length / 5e10
+    def step_seconds(shape: Any, rows: int, length: int, precision: str, steps: int, parts: int, *_: Any) -> float:
+        return shape.flops_per_token(length) * rows * parts * length / 5e10
 
     monkeypatch.setattr("lalia.planner.measure_step", step_seconds)
     precision = "pretrain.precision=float32"  # "auto" measures, so its reason varies
@@ -305,8 +305,11 @@ def test_plan_gives_values_with_reasons_and_what_to_expect(
     assert all(entry.keys() == {"value", "reason"} and entry["reason"] for entry in made["values"].values())
     keys = {
         "seconds",
+        "seconds_interval",
         "tokens_per_second",
         "memory_bytes",
+        "flops",
+        "extrapolation",
         "bits_per_byte",
         "bits_per_byte_interval",
         "seconds_per_step",

@@ -5,7 +5,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from lalia.settings import Seed
-from lalia.training.config import Budget, LoopConfig, OptimizerConfig
+from lalia.training.config import LoopConfig, OptimizerConfig, TimeBudget
 
 
 class FinetuneOptimizerConfig(OptimizerConfig):
@@ -34,7 +34,7 @@ class FinetuneConfig(LoopConfig):
     """Share of conversations about the assistant itself and its sources."""
     pretraining_share: float = Field(default=0.25, ge=0, lt=1)
     """Share of steps on pretraining text, so that the model does not forget it."""
-    budget: Budget | None = "90 seconds"
+    budget: TimeBudget | None = "90 seconds"
     steps: int | None = Field(default=None, gt=0)
     optimizer: FinetuneOptimizerConfig = FinetuneOptimizerConfig()
     evaluations: int = Field(default=2, ge=0)

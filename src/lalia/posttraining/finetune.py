@@ -24,7 +24,7 @@ from lalia.posttraining.dialogue import (
 from lalia.progress import Progress
 from lalia.tokenizer.bpe import Tokenizer
 from lalia.tokenizer.chat import render_with_mask
-from lalia.training.config import TrainingConfig, parse_budget
+from lalia.training.config import TrainingConfig, parse_time
 from lalia.training.objectives import next_token
 from lalia.training.parallel.world import start
 from lalia.training.pretrain import DTYPES, Evaluation, evenly_spaced, save_trained
@@ -115,7 +115,7 @@ def num_steps(config: FinetuneConfig, seconds_per_step: float) -> int:
     if config.steps is not None:
         return config.steps
     assert config.budget is not None  # FinetuneConfig sees to it
-    return max(1, int(parse_budget(config.budget) / seconds_per_step))
+    return max(1, int(parse_time(config.budget) / seconds_per_step))
 
 
 def collect_conversations(

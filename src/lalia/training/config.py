@@ -2,30 +2,84 @@
 
 import math
 import re
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import AfterValidator, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
 from lalia.errors import UserError
 from lalia.settings import Seed, Settings
 from lalia.training.parallel.layout import ParallelConfig
 from lalia.training.schedule import Shape, check_stages
 
-UNITS = {"s": 1, "sec": 1, "second": 1, "m": 60, "min": 60, "minute": 60, "h": 3600, "hour": 3600, "day": 86400}
+TIMES = {"s": 1, "sec": 1, "second": 1, "m": 60, "min": 60, "minute": 60, "h": 3600, "hour": 3600, "day": 86400}
 """Seconds of each unit that a budget may name, also in the plural."""
+MULTIPLES = {"": 1.0, "k": 1e3, "thousand": 1e3, "m": 1e6, "million": 1e6, "b": 1e9, "billion": 1e9, "t": 1e12}
+"""What may stand before tokens and dollars."""
+NUMBER = r"((?:[0-9]*\.)?[0-9]+(?:[eE][+-]?[0-9]+)?)"
+DEFAULT_BUDGET = "6 minutes"
 
 
-def parse_budget(text: str) -> float:
-    """Seconds of a budget such as "6 minutes", "90 s" or "1.5 hours".
+class Amount(NamedTuple):
+    """A budget: how much of what."""
+
+    value: float
+    unit: Literal["seconds", "FLOPs", "tokens", "dollars"]
+
+    def __str__(self) -> str:
+        if self.unit == "seconds":
+            return f"{self.value:g} s"
+        if self.unit == "FLOPs":
+            return f"{self.value:.3g} FLOPs"
+        return f"{self.value:,.0f} tokens" if self.unit == "tokens" else f"{self.value:,.2f} dollars"
+
+
+def parse_budget(text: str) -> Amount:
+    """What a budget such as "6 minutes", "1e18 FLOPs", "300M tokens" or "5 dollars" (or "$5") allows.
 
     Raises:
-        UserError: if it is not a positive number with a unit of time.
+        UserError: if it is not a positive number with such a unit.
     """
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]+)\s*", text)
-    unit = (match and UNITS.get(match[2].lower())) or (match and UNITS.get(match[2].lower().removesuffix("s")))
-    if not match or not unit or not 0 < float(match[1]) < math.inf:
-        raise UserError(f"budget {text!r} is not a time; write for example '6 minutes', '90 seconds' or '2 hours'")
-    return float(match[1]) * unit
+    match = re.fullmatch(rf"\s*(?:\$\s*{NUMBER}|{NUMBER}\s*([a-zA-Z]+)(?:\s*([a-zA-Z]+))?)\s*", text)
+    amount: Amount | None = None
+    if match and match[1]:
+        amount = Amount(float(match[1]), "dollars")
+    elif match:
+        amount = _amount(match[2], match[3], match[4])
+    if amount is None or not 0 < amount.value < math.inf:
+        raise UserError(
+            f"budget {text!r} is not a time, nor an amount of FLOPs, tokens or dollars; write for example "
+            "'6 minutes', '90 seconds', '1e18 FLOPs', '300M tokens' or '5 dollars'"
+        )
+    return amount
+
+
+def _amount(number: str, first: str, second: str | None) -> Amount | None:
+    singular = first.lower().removesuffix("s") or first.lower()
+    if second is None:
+        if seconds := TIMES.get(first.lower()) or TIMES.get(singular):
+            # "1e3 s" is more often a slip than a time.
+            return None if "e" in number.lower() else Amount(float(number) * seconds, "seconds")
+        first, second = "", first
+    unit = {"flop": "FLOPs", "token": "tokens", "dollar": "dollars", "usd": "dollars"}.get(
+        second.lower().removesuffix("s")
+    )
+    multiple = MULTIPLES.get(first.lower())
+    if unit is None or multiple is None:
+        return None
+    return Amount(float(number) * multiple, unit)  # pyright: ignore[reportArgumentType] (one of the four)
+
+
+def parse_time(text: str) -> float:
+    """Seconds of a budget that is a time.
+
+    Raises:
+        UserError: if it is none, or an amount of something else.
+    """
+    amount = parse_budget(text)
+    if amount.unit != "seconds":
+        raise UserError(f"budget {text!r} is not a time, and here it has to be one, such as '90 seconds'")
+    return amount.value
 
 
 def _check_budget(text: str) -> str:
@@ -33,7 +87,14 @@ def _check_budget(text: str) -> str:
     return text
 
 
+def _check_time(text: str) -> str:
+    parse_time(text)
+    return text
+
+
 Budget = Annotated[str, AfterValidator(_check_budget)]
+"""A training time such as "6 minutes", or an amount of FLOPs, tokens or dollars."""
+TimeBudget = Annotated[str, AfterValidator(_check_time)]
 """A training time, such as "6 minutes"."""
 
 
@@ -104,7 +165,8 @@ class TrainingConfig(LoopConfig):
     """How long, on what batches and in which precision to train; whatever is None is planned."""
 
     budget: Budget | None = None
-    """Training time, such as "6 minutes"; the planner turns it into a model size and a number of steps."""
+    """Training time such as "6 minutes", or FLOPs, tokens or dollars; the planner turns it into a model size and a
+    number of steps. 6 minutes where neither a budget nor steps are given."""
     steps: int | None = Field(default=None, gt=0)
     sequence_length: int | None = Field(default=None, ge=8)
     batch_size: int | None = Field(default=None, gt=0)
@@ -136,3 +198,10 @@ class TrainingConfig(LoopConfig):
     ) -> tuple[tuple[float, float], ...]:
         check_stages(stages, f"pretrain.{info.field_name}")
         return stages
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_a_budget(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and "budget" not in values and not values.get("steps"):
+            return {**values, "budget": DEFAULT_BUDGET}
+        return values

@@ -1,0 +1,181 @@
+"""How many devices along each axis, how many rows at a time, and what is kept for backward: the first that fits."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from lalia.errors import UserError
+from lalia.model.config import ModelConfig
+from lalia.planning.memory import Checkpointing, Memory
+from lalia.training.parallel.layout import ParallelConfig, resolve
+
+NODE = 8
+"""Devices that share fast links: tensor parallelism stays among them (Narayanan et al. 2021; Llama 3, 2024)."""
+FILL = 0.92
+"""Share of the memory that a plan may fill; the rest is for fragments and what the estimate does not know."""
+
+LEVELS: tuple[Checkpointing, ...] = ("none", "selective", "full")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How a batch is computed.
+
+    Attributes:
+        layout: devices along each axis.
+        micro_rows: rows of one forward pass on one device.
+        checkpointing: what the layers keep.
+        memory: what that takes on one device.
+        reasons: why the layout, the micro-batch and the checkpointing are as they are.
+    """
+
+    layout: ParallelConfig
+    micro_rows: int
+    checkpointing: Checkpointing
+    memory: Memory
+    reasons: tuple[str, str, str]
+
+    def data_groups(self) -> int:
+        """Groups of devices that take rows of their own."""
+        return (self.layout.replicate or 1) * self.layout.shard
+
+
+def place(
+    shape: ModelConfig,
+    rows: int,
+    length: int,
+    devices: int,
+    limit: float,
+    memory: Callable[[int, Checkpointing, ParallelConfig], Memory],
+    asked: ParallelConfig | None = None,
+    asked_micro_rows: int | None = None,
+    asked_checkpointing: Checkpointing | None = None,
+) -> Placement | None:
+    """The simplest way to compute a batch of `rows` rows within `limit` bytes on each device; None if none fits.
+
+    In this order: copies of the model (data parallelism, Li et al. 2020); weights, gradients and state divided among
+    2, 4, ... devices (ZeRO, Rajbhandari et al. 2020; FSDP, Zhao et al. 2023); products kept and the rest computed
+    again, then all computed again (Chen et al. 2016; torchtitan); layers divided among 2, 4, 8 neighbours (Megatron,
+    Narayanan et al. 2021); rows divided among devices (ring attention, Liu et al. 2023; Llama 3 from 131,072 tokens).
+
+    Args:
+        memory: of (micro-batch rows, checkpointing, layout), on one device.
+        asked: a layout that the recipe fixes.
+        asked_micro_rows, asked_checkpointing: likewise.
+
+    Raises:
+        UserError: if the asked layout does not fit the devices, the model or the batch.
+    """
+    if asked is not None:
+        asked = resolve(asked, devices)
+        _check(asked, shape, rows, length)
+    choices = list(_choices(shape, rows, length, devices, asked, asked_checkpointing))
+    if not choices:
+        raise UserError(
+            f"a batch of {rows} rows cannot be divided among {devices} devices; set pretrain.batch_size to a multiple of "
+            f"{devices}, or leave it out"
+        )
+    for layout, checkpointing in choices:
+        groups = (layout.replicate or 1) * layout.shard
+        share = rows // groups
+        micro = _largest(share, limit, lambda n, c=checkpointing, w=layout: memory(n, c, w).total, asked_micro_rows)
+        if micro is None:
+            continue
+        return Placement(
+            layout,
+            micro,
+            checkpointing,
+            memory(micro, checkpointing, layout),
+            (
+                "set in the recipe" if asked else _why_layout(layout),
+                "set in the recipe" if asked_micro_rows else _why_micro(micro, share),
+                "set in the recipe" if asked_checkpointing else _why_checkpointing(checkpointing),
+            ),
+        )
+    return None
+
+
+def _choices(
+    shape: ModelConfig,
+    rows: int,
+    length: int,
+    devices: int,
+    asked: ParallelConfig | None,
+    asked_checkpointing: Checkpointing | None,
+) -> Iterator[tuple[ParallelConfig, Checkpointing]]:
+    levels: tuple[Checkpointing, ...] = LEVELS if asked_checkpointing is None else (asked_checkpointing,)
+    if asked is not None:
+        for level in levels:
+            yield asked, level
+        return
+    for context in _powers(devices):
+        if length % context:
+            continue
+        for tensor in _powers(min(NODE, devices // context)):
+            if shape.num_key_value_heads % tensor:
+                continue
+            rest, remainder = divmod(devices, context * tensor)
+            if remainder:
+                continue
+            for level in levels:
+                # Dividing the weights costs less time than computing anything twice, so all of it comes first.
+                for shard in _powers(rest) if level == levels[0] else (rest,):
+                    if rest % shard == 0 and rows % rest == 0:
+                        layout = ParallelConfig(replicate=rest // shard, shard=shard, context=context, tensor=tensor)
+                        yield layout, level
+
+
+def _powers(most: int) -> list[int]:
+    """1, 2, 4, ... and `most` itself."""
+    return sorted({*(2**i for i in range(most.bit_length()) if 2**i <= most), most})
+
+
+def _largest(share: int, limit: float, needed: Callable[[int], int], asked: int | None) -> int | None:
+    """The most rows, a divisor of the device's share, that fit; None if not even one does."""
+    if asked is not None:
+        asked = min(asked, share)
+        return asked if needed(asked) <= limit else None
+    return next((n for n in range(share, 0, -1) if share % n == 0 and needed(n) <= limit), None)
+
+
+def _check(layout: ParallelConfig, shape: ModelConfig, rows: int, length: int) -> None:
+    groups = (layout.replicate or 1) * layout.shard
+    problems = []
+    if rows % groups:
+        problems.append(
+            f"a batch of {rows} rows cannot be divided among {groups} groups of devices; set pretrain.batch_size to a "
+            f"multiple of {groups}"
+        )
+    if length % layout.context:
+        problems.append(f"pretrain.sequence_length = {length} is not a multiple of parallel.context = {layout.context}")
+    for name, heads in (("query", shape.num_attention_heads), ("key and value", shape.num_key_value_heads)):
+        if heads % layout.tensor:
+            problems.append(
+                f"the {heads} {name} heads cannot be divided by parallel.tensor = {layout.tensor}; choose a divisor"
+            )
+    if problems:
+        raise UserError("pretrain.parallel does not fit: " + "; ".join(problems))
+
+
+def _why_layout(layout: ParallelConfig) -> str:
+    parts = []
+    if layout.context > 1:
+        parts.append(f"rows over {layout.context} devices, as one row does not fit (Llama 3, 2024)")
+    if layout.tensor > 1:
+        parts.append(f"layers over {layout.tensor} neighbours, as sharding is not enough (Narayanan et al. 2021)")
+    if layout.shard > 1:
+        parts.append(f"weights and state over {layout.shard}, as one device cannot hold them (Rajbhandari et al. 2020)")
+    if (layout.replicate or 1) > 1:
+        parts.append(f"{layout.replicate} copies, each on rows of its own (Li et al. 2020)")
+    return "; ".join(parts) or "one device"
+
+
+def _why_micro(micro: int, share: int) -> str:
+    return "the device's whole share at once" if micro == share else f"the most of {share} rows that fit the memory"
+
+
+def _why_checkpointing(level: Checkpointing) -> str:
+    return {
+        "none": "all activations fit",
+        "selective": "products are kept, the rest is computed again (torchtitan)",
+        "full": "layers are computed again in backward, a third more work (Chen et al. 2016)",
+    }[level]
