@@ -1,7 +1,7 @@
 """The command line on the workers of a Ray cluster: `python -m lalia.ray_train --workers 4 -- pretrain RECIPE ...`.
 
-Every worker runs the same verb with the same arguments, as under `torchrun -m -- lalia ...`: Ray Train forms the process
-group and sets the environment variables that torchrun would set. All workers must see the run folder.
+Every worker runs the same verb with the same arguments, as under `torchrun -m -- lalia ...`: Ray Train forms the
+process group and sets the environment variables that torchrun would set. All workers must see the run folder.
 """
 
 import argparse

@@ -71,8 +71,8 @@ def place(
     choices = list(_choices(shape, rows, length, devices, asked, asked_checkpointing))
     if not choices:
         raise UserError(
-            f"a batch of {rows} rows cannot be divided among {devices} devices; set pretrain.batch_size to a multiple of "
-            f"{devices}, or leave it out"
+            f"a batch of {rows} rows cannot be divided among {devices} devices; set pretrain.batch_size to a multiple "
+            f"of {devices}, or leave it out"
         )
     for layout, checkpointing in choices:
         groups = (layout.replicate or 1) * layout.shard
