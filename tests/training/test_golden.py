@@ -30,7 +30,7 @@ and instruction sets from SSE4 to AVX-512 not in the five decimals that are logg
 
 SETTINGS: dict[str, Any] = {
     "matrix_learning_rate": 0.1,
-    "embedding_learning_rate": 0.02,
+    "embedding_learning_rate": 0.01,  # twice that at width 64
     "warmup_fraction": 0.3,
     "weight_decay": 0.1,
 }

@@ -45,7 +45,7 @@ def train(folder: str, layout: dict[str, int], stop_at: int | None = None, **loo
         trainer.progress.log_path = None
     with contextlib.suppress(InterruptedError):
         trainer.train()
-    return {"weights": full_state(trainer.model), "asked": batches.asked, "tokens": trainer.tokens}
+    return {"weights": full_state(trainer.model), "asked": batches.asked, "tokens": trainer.meters.total.trained}
 
 
 @pytest.fixture(scope="module")
