@@ -55,7 +55,8 @@ def main() -> None:
     common = ["pretrain.evaluations=0"]
     if arguments.quick:
         arguments.run, arguments.out = small_tokens(Path("runs/quick/pages")), Path("runs/quick/planner-accuracy")
-        arguments.budgets = ["3 seconds"]
+        arguments.budgets = ["5 seconds"]
+        common += ["pretrain.sequence_length=64", "pretrain.batch_size=2"]
     if arguments.shapes:
         names = ["memory_bytes"]
         cases = {

@@ -324,7 +324,7 @@ def test_layouts_that_do_not_fit(measured: list[ModelConfig]) -> None:
     with pytest.raises(UserError, match="a batch of 12 rows cannot be divided among 8 groups"):
         plan({"budget": "1 hour", "parallel": {"shard": 8}, "batch_size": 12}, WEB, plan=H100, model=model)
     with pytest.raises(UserError, match="a batch of 3 rows cannot be divided among 8 devices"):
-        plan({"budget": "1 hour", "batch_size": 3}, WEB, plan=H100, model=model)
+        plan({"budget": "1 hour", "batch_size": 3, "sequence_length": 2047}, WEB, plan=H100, model=model)
     asked = {"budget": "1 hour", "parallel": {"shard": 2, "tensor": 2}, "activation_checkpointing": "full"}
     value = values(plan(asked, WEB, plan=H100, model=model))
     assert value["parallel"] == {"replicate": 2, "shard": 2, "context": 1, "tensor": 2, "expert": 1}

@@ -159,9 +159,11 @@ def _check(layout: ParallelConfig, shape: ModelConfig, rows: int, length: int) -
 def _why_layout(layout: ParallelConfig) -> str:
     parts = []
     if layout.context > 1:
-        parts.append(f"rows over {layout.context} devices, as one row does not fit (Llama 3, 2024)")
+        parts.append(f"rows over {layout.context} devices, as one does not fit or rows are too few (Llama 3, 2024)")
     if layout.tensor > 1:
-        parts.append(f"layers over {layout.tensor} neighbours, as sharding is not enough (Narayanan et al. 2021)")
+        parts.append(
+            f"layers over {layout.tensor} neighbours, as shards or rows are not enough (Narayanan et al. 2021)"
+        )
     if layout.shard > 1:
         parts.append(f"weights and state over {layout.shard}, as one device cannot hold them (Rajbhandari et al. 2020)")
     if (layout.replicate or 1) > 1:
