@@ -29,9 +29,10 @@ class Recipe:
         """The tensors it starts from."""
         return [leaf for t in self.inputs for leaf in (t.leaves() if isinstance(t, Recipe) else [t])]
 
-    def compute(self, leaves: Iterator[Tensor]) -> Tensor:
-        """The tensor, from the leaves in their order."""
-        return self.function(*[t.compute(leaves) if isinstance(t, Recipe) else next(leaves) for t in self.inputs])
+    def steps(self) -> Callable[[Iterator[Tensor]], Tensor]:
+        """The computation from the leaves in their order; it holds none of the tensors."""
+        function, inner = self.function, [t.steps() if isinstance(t, Recipe) else next for t in self.inputs]
+        return lambda leaves: function(*[step(leaves) for step in inner])
 
 
 def recipe_of(x: Tensor) -> Recipe | None:
@@ -45,17 +46,18 @@ def with_recipe(x: Tensor, function: Callable[..., Tensor], *inputs: Tensor) -> 
     return x
 
 
-def save(ctx: Any, *tensors: Tensor | None) -> None:
+def save(ctx: Any, *tensors: Tensor) -> None:
     """ctx.save_for_backward, except that a tensor with a recipe is saved as what it is made from."""
-    ctx.recipes = [None if t is None else recipe_of(t) for t in tensors]
-    pairs = zip(tensors, ctx.recipes, strict=True)
+    recipes = [recipe_of(t) for t in tensors]
+    ctx.steps = [recipe.steps() if recipe else next for recipe in recipes]
+    pairs = zip(tensors, recipes, strict=True)
     ctx.save_for_backward(*[leaf for t, recipe in pairs for leaf in (recipe.leaves() if recipe else [t])])
 
 
-def saved(ctx: Any) -> list[Any]:
+def saved(ctx: Any) -> list[Tensor]:
     """The tensors given to `save`, recomputed where only their recipe was kept."""
     leaves = iter(ctx.saved_tensors)
-    return [recipe.compute(leaves) if recipe else next(leaves) for recipe in ctx.recipes]
+    return [step(leaves) for step in ctx.steps]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
