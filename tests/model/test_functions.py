@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lalia.model.attention import attend
+from lalia.model import attention
+from lalia.model.attention import Pattern, attend, attend_flex
 from lalia.model.config import ModelConfig
-from lalia.model.functions import relu_squared, rms_norm, rotate, swiglu
+from lalia.model.functions import linear, relu_squared, rms_norm, rotate, swiglu
 from lalia.model.rotary import rotary_table
 
 EPS = 1e-2  # large enough to be seen
@@ -204,6 +205,80 @@ def test_attention(case: str, kv_heads: int) -> None:
         lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=0.7, enable_gqa=True), *single
     )
     assert_close(gradients(ours, *single), fused, 2e-6)
+
+
+PATTERNS = {
+    "window-3": ((3,), None),
+    "window-1": ((1,), None),
+    "documents": ((None,), ((3, 4, 12), (1, 18))),
+    "both": ((4,), ((7, 12), (10, 9))),
+}
+
+
+@pytest.mark.parametrize("case", PATTERNS)
+@pytest.mark.parametrize("kernel", ["blocked", "fused", "flex"])
+def test_patterns_in_every_kernel(case: str, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows and documents against the textbook; a window wider by one, or one boundary moved, is noticed."""
+    (window,), rows = PATTERNS[case]
+    monkeypatch.setattr(attention, "MIN_BLOCK", 4)  # so that the window makes blocks shorter than the sequence
+    ids = None if rows is None else torch.stack([documents(*row) for row in rows])
+    length = 19
+    inputs = random(2, 4, length, 16), random(2, 2, length, 16, seed=1), random(2, 2, length, 16, seed=2)
+    allowed = causal(length) if window is None else causal(length).triu(1 - window)
+    if ids is not None:
+        allowed = allowed & (ids[:, None, :, None] == ids[:, None, None, :])
+
+    def ours(pattern: Pattern) -> Callable[..., Tensor]:
+        def compute(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return attend_flex(q, k, v, 0.7, pattern) if kernel == "flex" else attend(q, k, v, 0.7, pattern)
+
+        return compute
+
+    leaking_ids = None if ids is None else torch.where(torch.arange(length) == 7, ids[:, 6:7], ids)
+    leaking = Pattern(length, True, window and window + 1, leaking_ids)
+    if kernel == "blocked":
+        assert_close(
+            gradients(ours(Pattern(length, True, window, ids)), *inputs),
+            gradients(lambda q, k, v: textbook_attention(q, k, v, 0.7, allowed), *inputs),
+            1e-12,
+        )
+    expected = textbook_attention(*inputs, 0.7, allowed)
+    with torch.no_grad():
+        tolerance = 1e-6 if kernel == "flex" else 1e-12
+        assert_close((ours(Pattern(length, True, window, ids))(*inputs),), (expected,), tolerance)
+        assert (ours(leaking)(*inputs) - expected).abs().max() > 0.05
+
+
+def test_windows_cost_what_they_see() -> None:
+    """Scores computed, in multiples of the sequence: about 1.5 windows a query, whatever the length."""
+    for length in (2048, 8192):
+        scores = sum((end - start) * (end - first) for first, start, end in attention._blocks(length, 256))
+        assert 256 <= scores / length <= 400
+    assert attention._blocks(2048, None)[-1] == (0, 1536, 2048)
+
+
+def test_products_keep_the_recipe_and_not_the_tensor() -> None:
+    """What backward keeps of norm -> product -> activation -> product: the inputs of norm and activation only."""
+    x, weight = random(512, 128, dtype=torch.float32), random(128, dtype=torch.float32, seed=1)
+    up, down = random(512, 128, dtype=torch.float32, seed=2), random(128, 256, dtype=torch.float32, seed=3)
+
+    def network(x: Tensor, weight: Tensor, up: Tensor, down: Tensor, norm: Any, linear: Any, activation: Any) -> Tensor:
+        return linear(activation(linear(norm(x, weight), up)), down)
+
+    def ours(*inputs: Tensor) -> Tensor:
+        return network(*inputs, norm=lambda x, w: rms_norm(x, w, EPS), linear=linear, activation=swiglu)
+
+    def textbook(*inputs: Tensor) -> Tensor:
+        return network(*inputs, norm=textbook_rms_norm, linear=F.linear, activation=textbook_swiglu)
+
+    assert_close(gradients(ours, x, weight, up, down), gradients(textbook, x, weight, up, down), 1e-5)
+    inputs = leaves(x, weight, up, down)
+    kept: dict[int, int] = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.update({t.data_ptr(): t.numel()}) or t, lambda t: t):
+        ours(*inputs)
+    for leaf in inputs:
+        kept.pop(leaf.data_ptr(), None)
+    assert sorted(kept.values()) == [512, 512 * 512], "the norm's scale and the activation's input"
 
 
 def test_attention_by_finite_differences() -> None:
