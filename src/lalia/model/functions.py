@@ -1,10 +1,12 @@
 """Elementwise parts of the transformer, each as one differentiable function with few passes over memory.
 
 On a CPU these parts are bound by memory traffic, and PyTorch's eager composites make many passes and keep every
-intermediate. Here each saves its inputs and recomputes the rest in backward. tests/model/test_functions.py compares
-every one with the textbook expression under double precision.
+intermediate. Here each saves its inputs and recomputes the rest in backward; and what it gives carries a `Recipe`, so
+that the matrix product that reads it does not keep it either. tests/model/test_functions.py compares every one with the
+textbook expression under double precision.
 """
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,12 +14,56 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+class Recipe:
+    """How to compute a tensor again: what backward keeps instead of one that is cheap to make and large.
+
+    Attributes:
+        inputs: tensors, which somebody keeps anyway, or the recipes of such as nobody does.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], *inputs: Tensor) -> None:
+        self.function = function
+        self.inputs: list[Tensor | Recipe] = [recipe_of(t) or t for t in inputs]
+
+    def leaves(self) -> list[Tensor]:
+        """The tensors it starts from."""
+        return [leaf for t in self.inputs for leaf in (t.leaves() if isinstance(t, Recipe) else [t])]
+
+    def compute(self, leaves: Iterator[Tensor]) -> Tensor:
+        """The tensor, from the leaves in their order."""
+        return self.function(*[t.compute(leaves) if isinstance(t, Recipe) else next(leaves) for t in self.inputs])
+
+
+def recipe_of(x: Tensor) -> Recipe | None:
+    """The recipe that the function which made `x` has left on it."""
+    return getattr(x, "_recipe", None)
+
+
+def with_recipe(x: Tensor, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """x, which `function` of `inputs` gives too, for whoever saves it to keep the inputs instead."""
+    x._recipe = Recipe(function, *inputs)  # pyright: ignore[reportAttributeAccessIssue]
+    return x
+
+
+def save(ctx: Any, *tensors: Tensor | None) -> None:
+    """ctx.save_for_backward, except that a tensor with a recipe is saved as what it is made from."""
+    ctx.recipes = [None if t is None else recipe_of(t) for t in tensors]
+    pairs = zip(tensors, ctx.recipes, strict=True)
+    ctx.save_for_backward(*[leaf for t, recipe in pairs for leaf in (recipe.leaves() if recipe else [t])])
+
+
+def saved(ctx: Any) -> list[Any]:
+    """The tensors given to `save`, recomputed where only their recipe was kept."""
+    leaves = iter(ctx.saved_tensors)
+    return [recipe.compute(leaves) if recipe else next(leaves) for recipe in ctx.recipes]
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weight^T + bias, with the weights cast to the activation's dtype.
 
-    In float32 on a CPU the products of forward and of the input's gradient go to oneDNN, which PyTorch bundles and
-    uses for bfloat16 but not for float32; there it calls MKL, which on AMD processors is a third slower
-    (benchmarks/kernels.py). The gradient of the weight is as fast in MKL and stays there.
+    On a CPU with AVX-512, float32 products of forward and of the input's gradient go to oneDNN, which PyTorch bundles
+    and uses for bfloat16 but not for float32; there it calls MKL, which on AMD processors does without AVX-512 and is
+    a third slower (benchmarks/kernels.py). The gradient of the weight is as fast in MKL and stays there.
 
     Args:
         x: (..., in_features)
@@ -27,40 +73,46 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         (..., out_features)
     """
-    bias = None if bias is None else bias.to(x.dtype)
-    if x.dtype == torch.float32 and weight.dtype == torch.float32 and _use_onednn(x):
-        if not torch.is_grad_enabled():
-            return _onednn(x, weight, bias)
-        y = _Linear.apply(x, weight)
-        return y if bias is None else y + bias
-    return F.linear(x, weight.to(x.dtype), bias)
-
-
-def _use_onednn(x: Tensor) -> bool:
-    """For products large enough that the call's overhead does not count."""
-    return _HAS_ONEDNN and x.device.type == "cpu" and x.numel() >= 1 << 16
+    if x.device.type == "cpu" and x.numel() >= 1 << 16:  # below, the overhead of the call counts for more
+        if torch.is_grad_enabled():
+            return _Linear.apply(x, weight, bias)
+        return _product(x, weight, bias)
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+_PREFERS_ONEDNN = _HAS_ONEDNN and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    if _PREFERS_ONEDNN and x.dtype == torch.float32:
+        return _onednn(x, weight.contiguous(), bias)
+    return F.linear(x, weight, bias)
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return _onednn(x, weight)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        save(ctx, x, weight)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return _product(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, weight = ctx.saved_tensors
-        grad_x = _onednn(grad, weight.t().contiguous()) if ctx.needs_input_grad[0] else None
-        rows = x.reshape(-1, x.shape[-1])
-        grad_weight = grad.reshape(-1, grad.shape[-1]).t() @ rows if ctx.needs_input_grad[1] else None
-        return grad_x, grad_weight
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, weight = saved(ctx)
+        rows = grad.reshape(-1, grad.shape[-1])
+        grad_x = _product(grad, weight.t()) if ctx.needs_input_grad[0] else None
+        grad_weight = grad_bias = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = (rows.t() @ x.reshape(-1, x.shape[-1])).to(weight.dtype)
+        if ctx.needs_input_grad[2]:
+            grad_bias = rows.sum(0).to(ctx.bias_dtype)
+        return grad_x, grad_weight, grad_bias
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -74,17 +126,19 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     if x.device.type != "cpu":
         return F.rms_norm(x, x.shape[-1:], None if weight is None else weight.to(x.dtype), eps)
     if torch.is_grad_enabled():
-        return _RMSNorm.apply(x, weight, eps)
-    return _rms_norm(x, weight, eps)[0]
+        y, scale = _RMSNorm.apply(x, weight, eps)
+        return with_recipe(y, _scaled, x, scale) if weight is None else with_recipe(y, _scaled, x, scale, weight)
+    return _scaled(x, _rms_scale(x, eps), weight)
 
 
-def _rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+def _rms_scale(x: Tensor, eps: float) -> Tensor:
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=_accumulator(x))
-    scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+
+
+def _scaled(x: Tensor, scale: Tensor, weight: Tensor | None = None) -> Tensor:
     y = x * scale.to(x.dtype)
-    if weight is not None:
-        y.mul_(weight.to(x.dtype))
-    return y, scale
+    return y if weight is None else y.mul_(weight.to(x.dtype))
 
 
 def _accumulator(x: Tensor) -> torch.dtype:
@@ -93,29 +147,27 @@ def _accumulator(x: Tensor) -> torch.dtype:
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-        y, scale = _rms_norm(x, weight, eps)
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+        scale = _rms_scale(x, eps)
         ctx.save_for_backward(x, weight, scale)
-        return y
+        ctx.mark_non_differentiable(scale)
+        return _scaled(x, scale, weight), scale
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor, Tensor | None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, scale = ctx.saved_tensors
         size = x.shape[-1]
-        normed = x * scale.to(x.dtype)
-        product = grad * normed
+        product = (grad * x).mul_(scale.to(x.dtype))
+        grad_weight = None
         if weight is None:
-            grad_weight = None
-            mean = product.sum(-1, keepdim=True, dtype=scale.dtype).div_(size)
-            grad_normed = grad.clone()
+            mean = product.sum(-1, keepdim=True, dtype=scale.dtype)
         else:
-            flat = product.reshape(-1, size)
-            grad_weight = flat.sum(0, dtype=scale.dtype).to(weight.dtype)
+            grad_weight = product.reshape(-1, size).sum(0, dtype=scale.dtype).to(weight.dtype)
             cast = weight.to(x.dtype)
-            mean = (product @ cast).unsqueeze(-1).div_(size)
-            grad_normed = grad * cast
-        grad_normed.addcmul_(normed, mean.to(x.dtype), value=-1.0)
-        return grad_normed.mul_(scale.to(x.dtype)), grad_weight, None
+            mean = (product @ cast).unsqueeze(-1).to(scale.dtype)
+            grad = torch.mul(grad, cast, out=product)
+        grad_x = torch.mul(grad, scale.to(x.dtype), out=product)
+        return grad_x.addcmul_(x, (mean * scale.square()).div_(-size).to(x.dtype)), grad_weight, None
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -130,7 +182,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         (batch, heads, seq, head_dim), contiguous.
     """
     if torch.is_grad_enabled() and x.requires_grad:
-        return _Rotate.apply(x, cos, sin)
+        return with_recipe(_Rotate.apply(x, cos, sin), _rotate_heads, x, cos, sin)
+    return _rotate_heads(x, cos, sin)
+
+
+def _rotate_heads(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return _rotate(x.transpose(1, 2), cos, sin)
 
 
@@ -174,44 +230,63 @@ def swiglu(gate_up: Tensor) -> Tensor:
         (..., size)
     """
     if torch.is_grad_enabled() and gate_up.requires_grad:
-        return _SwiGLU.apply(gate_up)
+        y = _SwiGLU.apply(gate_up)
+        return with_recipe(y, _swiglu, gate_up) if gate_up.device.type == "cpu" else y
+    return _swiglu(gate_up)
+
+
+def _swiglu(gate_up: Tensor) -> Tensor:
     gate, up = gate_up.chunk(2, -1)
     return F.silu(gate).mul_(up)
+
+
+CACHE_ELEMENTS = 1 << 17
+"""Elements in a block of rows, whose several passes then stay in the second-level cache of each core."""
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up)
-        gate, up = gate_up.chunk(2, -1)
-        return F.silu(gate).mul_(up)
+        return _swiglu(gate_up)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         (gate_up,) = ctx.saved_tensors
-        gate, up = gate_up.chunk(2, -1)
-        out = torch.empty_like(gate_up)
-        grad_gate, grad_up = out.chunk(2, -1)
-        torch.mul(grad, F.silu(gate), out=grad_up)
-        grad_gate.copy_(torch.ops.aten.silu_backward(grad * up, gate))
+        out = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
+        width = gate_up.shape[-1]
+        num_rows = gate_up.numel() // width
+        block = max(1, CACHE_ELEMENTS // width) if gate_up.device.type == "cpu" else num_rows
+        pieces = zip(*(t.reshape(num_rows, -1).split(block) for t in (gate_up, grad, out)), strict=True)
+        for gate_up_piece, g, out_piece in pieces:
+            gate, up = gate_up_piece.chunk(2, -1)
+            grad_gate, grad_up = out_piece.chunk(2, -1)
+            sigmoid = torch.sigmoid(gate)
+            silu = gate * sigmoid
+            torch.mul(g, silu, out=grad_up)
+            # d silu / d gate = sigmoid + silu (1 - sigmoid)
+            sigmoid.add_(silu.addcmul_(silu, sigmoid, value=-1.0))
+            torch.mul(g, up, out=grad_gate).mul_(sigmoid)
         return out
 
 
 def relu_squared(x: Tensor) -> Tensor:
     """relu(x) ** 2 (So et al. 2021)."""
     if torch.is_grad_enabled() and x.requires_grad:
-        return _ReluSquared.apply(x)
+        y, positive = _ReluSquared.apply(x)
+        return with_recipe(y, torch.square, positive)
     return torch.relu(x).square_()
 
 
 class _ReluSquared(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
         positive = torch.relu(x)
         ctx.save_for_backward(positive)
-        return positive * positive
+        ctx.mark_non_differentiable(positive)
+        return positive * positive, positive
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad: Tensor, _: None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         (positive,) = ctx.saved_tensors
         return (grad * positive).mul_(2.0)

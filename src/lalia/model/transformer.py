@@ -1,13 +1,12 @@
 """The transformer: embedding, layers of attention and feed-forward, final norm, heads."""
 
 from collections.abc import Callable
-from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lalia.model.attention import attend
+from lalia.model.attention import Pattern, attend
 from lalia.model.cache import KVCache
 from lalia.model.config import ModelConfig, RopeScaling
 from lalia.model.experts import FeedForward, Linear, MixtureOfExperts, elementwise
@@ -269,7 +268,7 @@ class Context:
         self.positions = positions
         self.seq = seq
         self._rotary: dict[tuple[float, RopeScaling | None], tuple[Tensor, Tensor]] = {}
-        self._masks: dict[int | None, Tensor | None] = {}
+        self._masks: dict[int | None, Tensor | Pattern | None] = {}
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """What the tokens of this pass see: (batch, heads, seq, head_dim), of their own keys and values of as many."""
@@ -287,32 +286,27 @@ class Context:
             self._rotary[rope] = (cos.to(self.dtype), sin.to(self.dtype))
         return self._rotary[rope]
 
-    def mask(self, window: int | None) -> Tensor | None:
-        """Boolean mask (batch or 1, 1, seq, keys), True where allowed; None where no mask is needed, or where plain
-        causal attention is exact."""
+    def mask(self, window: int | None) -> Tensor | Pattern | None:
+        """What `attend` takes; None where no mask is needed, or where plain causal attention is exact."""
         if self.cache is None and window is not None and window >= self.seq:
             window = None
         if window not in self._masks:
             self._masks[window] = self._make_mask(window)
         return self._masks[window]
 
-    def _make_mask(self, window: int | None) -> Tensor | None:
+    def _make_mask(self, window: int | None) -> Tensor | Pattern | None:
         if self.cache is None:
             if self.document_ids is None and window is None:
                 return None
-            query = key = torch.arange(self.seq, device=self.positions.device)[None, :]  # (1, seq)
-        else:
-            query = self.positions  # (batch, seq)
-            key = self.cache.key_positions(query, window)  # (batch, keys)
-            if query.shape[0] == 1 and window is None and (self.seq == 1 or key.shape[1] == self.seq):
-                return None
+            return Pattern(self.seq, self.config.causal, window, self.document_ids, self.positions.device)
+        query = self.positions  # (batch, seq)
+        key = self.cache.key_positions(query, window)  # (batch, keys)
+        if query.shape[0] == 1 and window is None and (self.seq == 1 or key.shape[1] == self.seq):
+            return None
         query, key = query[:, :, None], key[:, None, :]
-        if self.config.causal:
-            allowed = key <= query  # (batch or 1, seq, keys)
-        else:
-            allowed = torch.ones(1, self.seq, self.seq, dtype=torch.bool, device=query.device)
+        allowed = key <= query  # (batch, seq, keys)
         if window is not None:
             allowed &= (key > query - window) & (key >= 0)
         if self.document_ids is not None:
             allowed = allowed & (self.document_ids[:, :, None] == self.document_ids[:, None, :])
-        return cast(Tensor, allowed).unsqueeze(1)
+        return allowed.unsqueeze(1)
