@@ -69,6 +69,16 @@ def test_experts_equal_a_loop_over_rows(normalize: bool, chosen: int) -> None:
     assert (ours - other).abs().max() > 1e-3 or chosen == 5
 
 
+def test_an_expert_that_nobody_chooses_has_no_gradient() -> None:
+    module, x = experts(), random(3, 16, seed=9).requires_grad_()
+    with torch.no_grad():
+        module.router[:, 0] = torch.tensor([50.0, 50.0, -50.0, -50.0, -50.0])
+        x[:, 0] = 1.0
+    module(x).sum().backward()
+    assert module.up.grad is not None
+    assert module.up.grad[:2].abs().amax((1, 2)).min() > 0 and not module.up.grad[2:].any()
+
+
 def test_products_in_one_kernel_equal_one_per_expert() -> None:
     """The kernel that CUDA takes, which torch also has for the CPU; an expert without rows has no gradient."""
     rows, weight = random(32, 16).bfloat16().requires_grad_(), random(4, 24, 16, seed=1).requires_grad_()

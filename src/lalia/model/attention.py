@@ -23,11 +23,12 @@ class Pattern:
     """Which positions of a sequence may attend to which, as a rule: no square of it exists until a kernel needs one.
 
     Args:
-        seq: length of the sequence, queries and keys alike.
+        seq: length of the sequence.
         causal: nothing attends to a later position.
         window: nothing attends to a position `window` or more before its own; None = no limit.
         document_ids: (batch, seq), nothing attends to a position with another number; None = one document.
         device: of the masks; that of `document_ids` if they are given.
+        queries, keys: begin and end of those that are at hand; None = all.
     """
 
     def __init__(
@@ -37,12 +38,18 @@ class Pattern:
         window: int | None = None,
         document_ids: Tensor | None = None,
         device: torch.device | str = "cpu",
+        queries: tuple[int, int] | None = None,
+        keys: tuple[int, int] | None = None,
     ) -> None:
-        self.seq, self.causal, self.window, self.document_ids = seq, causal, window, document_ids
+        self.causal, self.window, self.document_ids = causal, window, document_ids
+        self.queries, self.keys = queries or (0, seq), keys or (0, seq)
         self.device = torch.device(device) if document_ids is None else document_ids.device
 
     def allowed(self, queries: tuple[int, int], keys: tuple[int, int]) -> Tensor:
-        """Boolean (batch or 1, queries, keys) of two ranges of positions, True where attention is allowed."""
+        """Boolean (batch or 1, queries, keys) of two ranges of those at hand, True where attention is allowed."""
+        (first_query, last_query), (first_key, last_key) = queries, keys
+        queries = self.queries[0] + first_query, self.queries[0] + last_query
+        keys = self.keys[0] + first_key, self.keys[0] + last_key
         query = torch.arange(*queries, device=self.device)[:, None]
         key = torch.arange(*keys, device=self.device)
         allowed = (
@@ -57,15 +64,26 @@ class Pattern:
 
     @cached_property
     def dense(self) -> Tensor:
-        """Boolean (batch or 1, 1, seq, seq)."""
-        return self.allowed((0, self.seq), (0, self.seq)).unsqueeze(1)
+        """Boolean (batch or 1, 1, queries, keys)."""
+        return self.allowed((0, self._num_queries), (0, self._num_keys)).unsqueeze(1)
+
+    @property
+    def _num_queries(self) -> int:
+        return self.queries[1] - self.queries[0]
+
+    @property
+    def _num_keys(self) -> int:
+        return self.keys[1] - self.keys[0]
 
     @cached_property
     def block_mask(self) -> Any:
         """For FlexAttention, which then skips the blocks that nothing may see."""
         from torch.nn.attention.flex_attention import create_block_mask
 
+        first_query, first_key = self.queries[0], self.keys[0]
+
         def allowed(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            query, key = query + first_query, key + first_key
             result = key <= query if self.causal else key >= 0
             if self.window is not None:
                 result = result & (key > query - self.window)
@@ -74,7 +92,7 @@ class Pattern:
             return result
 
         batch = None if self.document_ids is None else self.document_ids.shape[0]
-        return create_block_mask(allowed, batch, None, self.seq, self.seq, device=str(self.device))
+        return create_block_mask(allowed, batch, None, self._num_queries, self._num_keys, device=str(self.device))
 
 
 def attend(

@@ -259,7 +259,7 @@ class _SwiGLU(torch.autograd.Function):
         width = gate_up.shape[-1]
         num_rows = gate_up.numel() // width
         block = max(1, CACHE_ELEMENTS // width) if gate_up.device.type == "cpu" else num_rows
-        pieces = zip(*(t.reshape(num_rows, -1).split(block) for t in (gate_up, grad, out)), strict=True)
+        pieces = zip(*(t.reshape(-1, t.shape[-1]).split(block) for t in (gate_up, grad, out)), strict=True)
         for gate_up_piece, g, out_piece in pieces:
             gate, up = gate_up_piece.chunk(2, -1)
             grad_gate, grad_up = out_piece.chunk(2, -1)

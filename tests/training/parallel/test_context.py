@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lalia.data.loader import IGNORED, PADDING, Batch
 from lalia.errors import UserError
+from lalia.model.attention import Pattern, attend, attend_flex
 from lalia.model.transformer import Transformer
 from lalia.training.objectives import LossModule, next_token, router_loss
 from lalia.training.parallel.apply import GradientSync, gradient_norm, parallelize
@@ -221,6 +222,22 @@ def columns(rank: int, ranks: int) -> list[int]:
     """Of its rows, the columns that a rank takes."""
     numbered = replace(rows(False), tokens=torch.arange(LENGTH).expand(ROWS, -1))
     return shard_batch(numbered, world_of(rank, ranks)).tokens[0].tolist()
+
+
+def test_a_chunk_attends_as_it_does_in_its_row() -> None:
+    """By a mask as by FlexAttention, which skips what lies outside."""
+    generator = torch.Generator().manual_seed(3)
+    query, key, value = (torch.randn(ROWS, 2, LENGTH, 16, generator=generator) for _ in range(3))
+    ids, queries, keys = rows(True).document_ids, (12, 18), (8, 18)
+    whole = Pattern(LENGTH, True, 5, ids)
+    pattern = Pattern(LENGTH, True, 5, ids, queries=queries, keys=keys)
+    assert torch.equal(pattern.dense, whole.dense[:, :, slice(*queries), slice(*keys)])
+    expected = attend(query, key, value, 0.25, whole)[:, :, slice(*queries)]
+    chunk = (query[:, :, slice(*queries)], key[:, :, slice(*keys)], value[:, :, slice(*keys)])
+    torch.testing.assert_close(attend(*chunk, 0.25, pattern), expected)
+    torch.testing.assert_close(attend_flex(*chunk, 0.25, pattern), expected)
+    moved = Pattern(LENGTH, True, 5, ids, queries=(11, 17), keys=keys)
+    assert (attend_flex(*chunk, 0.25, moved) - expected).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lalia.data.loader import IGNORED, Batch
 from lalia.errors import UserError
-from lalia.model.attention import attend
+from lalia.model.attention import Pattern, attend
 from lalia.model.cache import KVCache
 from lalia.model.config import ModelConfig
 from lalia.model.transformer import Context, Transformer
@@ -108,41 +108,28 @@ class DividedContext(Context):
         self.starts = tuple(chunk * self.seq // 2 for chunk in (rank, 2 * ranks - 1 - rank))
         """Where this rank's chunks begin in their row."""
         self.row_documents = _whole_rows(document_ids.unsqueeze(-1).contiguous(), group).squeeze(-1)
-        self._chunk_masks: dict[tuple[int, int | None], Tensor] = {}
+        self._patterns: dict[tuple[int, int | None], Pattern] = {}
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         c = self.config
         key, value = _Gather.apply(torch.stack((key, value)), self.group).unbind()
-        window = c.window_of_layer(layer)
         parts = []
         for start, chunk in zip(self.starts, query.chunk(2, 2), strict=True):
-            first, end = self._seen(start, window)
-            mask = self._mask(start, window)
-            keys, values = key[:, :, first:end], value[:, :, first:end]
-            parts.append(attend(chunk, keys, values, scale, mask, c.causal, c.attention_softcap))
+            pattern = self._pattern(start, c.window_of_layer(layer))
+            keys, values = (x[:, :, slice(*pattern.keys)] for x in (key, value))
+            parts.append(attend(chunk, keys, values, scale, pattern, c.causal, c.attention_softcap))
         return torch.cat(parts, 2)
 
-    def _seen(self, start: int, window: int | None) -> tuple[int, int]:
-        """First and end of the keys in a row that a chunk's queries may see at all."""
-        if not self.config.causal:
-            return 0, self.length
-        return (0 if window is None else max(0, start - window + 1)), start + self.seq // 2
-
-    def _mask(self, start: int, window: int | None) -> Tensor:
-        """(batch, 1, seq / 2, keys) bool, True where a chunk's queries may attend to the keys that `_seen` says."""
-        if (start, window) not in self._chunk_masks:
-            first, end = self._seen(start, window)
-            documents = self.row_documents
-            of_queries = documents[:, start : start + self.seq // 2]
-            allowed = of_queries[:, :, None] == documents[:, None, first:end]
-            query = torch.arange(start, start + self.seq // 2, device=documents.device)[:, None]
-            key = torch.arange(first, end, device=documents.device)
-            if self.config.causal:
-                allowed &= key <= query
-            if window is not None:
-                allowed &= key > query - window
-            self._chunk_masks[start, window] = allowed.unsqueeze(1)
-        return self._chunk_masks[start, window]
+    def _pattern(self, start: int, window: int | None) -> Pattern:
+        """Of the chunk that begins at `start` in its row, and of the keys that any of its tokens may attend to."""
+        if (start, window) not in self._patterns:
+            causal, end = self.config.causal, start + self.seq // 2
+            first = 0 if window is None else max(0, start - window + 1)
+            keys = (first, end if causal else self.length)
+            self._patterns[start, window] = Pattern(
+                self.length, causal, window, self.row_documents, queries=(start, end), keys=keys
+            )
+        return self._patterns[start, window]
 
 
 def _own_chunks(rows: Tensor, rank: int, ranks: int) -> Tensor:
