@@ -154,7 +154,9 @@ class LoopConfig(Settings):
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """What of a layer is computed again in backward instead of being kept: nothing, what is cheap, or all."""
     compile: bool = False
-    """Compile the layers with torch.compile: minutes at the start, for faster steps on a GPU."""
+    """Compile the layers with torch.compile: a minute at the start, for faster steps on a GPU."""
+    fp8: bool = False
+    """Multiply in 8-bit floating point in the layers, on GPUs from Hopper on (needs torchao, the extra `lowbit`)."""
 
 
 RUNTIME_ONLY = {"checkpoint_seconds", "keep_checkpoints", "parallel", "timeout_seconds", "tensorboard"}

@@ -14,9 +14,12 @@ from lalia.data.loader import Batch
 from lalia.errors import UserError
 from lalia.model.transformer import Transformer
 from lalia.progress import Progress
+from lalia.training.activation_checkpointing import checkpoint_activations
 from lalia.training.averaging import WeightAverage
 from lalia.training.checkpoints import Checkpoints
+from lalia.training.compilation import compile_layers
 from lalia.training.config import LoopConfig, OptimizerConfig
+from lalia.training.fp8 import convert_to_fp8
 from lalia.training.guard import StepGuard
 from lalia.training.interruption import Interruption
 from lalia.training.meters import Meters, first_start
@@ -83,6 +86,11 @@ class Trainer:
         self.world = world or World.alone(model.device)
         self.evaluate, self.evaluation_steps = evaluate, evaluation_steps
         self.unit = unit
+        if self.loop.fp8:
+            convert_to_fp8(model)
+        checkpoint_activations(model, self.loop.activation_checkpointing)
+        if self.loop.compile:
+            compile_layers(model)
         parallelize(model, self.world)
         self.sync = GradientSync(LossModule(model, objective), self.world)
         self.optimizers = make_optimizers(model, optimizer, self.world.weights)
