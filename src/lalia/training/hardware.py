@@ -81,8 +81,8 @@ DATASHEETS: tuple[tuple[str, Datasheet], ...] = (
     (r"MI250X", _sheet("MI250X (one of two dies)", 191.5, 64, None)),
 )
 """Pattern of the whole name that PyTorch reports, without the maker's words, most specific first. Dense bfloat16
-peaks and bandwidths as nanochat collected them; float8, memory sizes and links are the makers' as remembered, not looked
-up, and serve estimates only. A laptop's or a partitioned device matches nothing."""
+peaks and bandwidths as nanochat collected them; float8, memory sizes and links are the makers' as remembered, not
+looked up, and serve estimates only. A laptop's or a partitioned device matches nothing."""
 
 MAKERS = re.compile(r"\b(NVIDIA|AMD|Instinct|GeForce|Tesla)\b", re.IGNORECASE)
 
