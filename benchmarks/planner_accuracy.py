@@ -73,7 +73,7 @@ def main() -> None:
         cases = {budget: [f"pretrain.budget={budget}"] for budget in arguments.budgets}
     rows: list[dict[str, Any]] = []
     for number, (case, settings) in enumerate(cases.items()):
-        pairs = train(arguments.run, arguments.out / str(number), [*settings, *common], arguments.threads)
+        pairs = train(arguments.run, arguments.out / str(number), [*common, *settings], arguments.threads)
         for name in names:
             predicted, measured = pairs[name]
             error = predicted / measured - 1

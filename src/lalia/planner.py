@@ -53,7 +53,7 @@ LARGE_WIDTHS = (1280, 1536, 2048, 2560, 3072, 4096, 5120, 6144, 8192)
 LEAST_STEPS = 20
 """A model that gets fewer steps has learned nothing worth the name."""
 TIME_ACCURACY = 0.2
-"""Relative error of the time that a measured speed predicts (benchmarks/planner_accuracy.py)."""
+"""Relative error of the time that a measured speed should keep to: the target of benchmarks/planner_accuracy.py."""
 
 
 def make_plan(recipe: Recipe, manifest: dict[str, Any], progress: Progress) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from lalia.training.parallel.layout import ParallelConfig
 
 Checkpointing = Literal["none", "selective", "full"]
 
-RUNTIME_BYTES = 370 * 2**20
+RUNTIME_BYTES = 320 * 2**20
 """Resident size of Python with PyTorch, its kernels' code and buffers, pyarrow and the tokenizer, measured; on an
 accelerator the driver's context is of that order too."""
 

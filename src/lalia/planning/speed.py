@@ -23,11 +23,12 @@ USUAL_MFU = (0.30, 0.40, 0.50)
 torchtitan 0.33 to 0.39 (Llama 3.1 8B), OLMo 2 0.38, levanter 0.35 to 0.54, nanochat 0.40 to 0.50 (reference runs)."""
 
 RECOMPUTED = {"none": 1.0, "selective": 1.05, "full": 4 / 3}
-"""Work relative to no checkpointing: full repeats the forward pass, a third of 6 N (Chen et al. 2016)."""
+"""Work relative to no checkpointing: full repeats the forward pass, a third of 6 N (Chen et al. 2016);
+selective is a guess."""
 
 NODE_LINK, NETWORK_LINK, LOOPBACK = 25e9, 50e9, 1e9
 """Bytes per second and device, one direction: PCIe 4.0 x16 as it is reached; 400 Gbit/s per device between nodes (DGX
-H100); gloo between processes of one machine, where the memory's traffic is the limit."""
+H100); gloo between processes of one machine. Orders of magnitude, none of them measured here."""
 
 HIDDEN_SHARE = 0.6
 """Share of the work behind which communication can hide: the backward pass, two thirds of it, less its beginning."""

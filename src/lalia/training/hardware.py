@@ -80,8 +80,9 @@ DATASHEETS: tuple[tuple[str, Datasheet], ...] = (
     # The card has 383 TFLOP/s in two dies, and PyTorch shows each die as a device.
     (r"MI250X", _sheet("MI250X (one of two dies)", 191.5, 64, None)),
 )
-"""Pattern of the whole name that PyTorch reports, without the maker's words, most specific first. Makers' data sheets
-(NVIDIA, AMD), dense, as collected in nanochat's common.py; a laptop's or a partitioned device matches nothing."""
+"""Pattern of the whole name that PyTorch reports, without the maker's words, most specific first. Dense bfloat16
+peaks and bandwidths as nanochat collected them; float8, memory sizes and links are the makers' as remembered, not
+looked up, and serve estimates only. A laptop's or a partitioned device matches nothing."""
 
 MAKERS = re.compile(r"\b(NVIDIA|AMD|Instinct|GeForce|Tesla)\b", re.IGNORECASE)
 
