@@ -18,10 +18,10 @@ from lalia.data.shards import TokenShards
 from lalia.devices import use_threads
 from lalia.model.shapes import ArchitectureConfig
 from lalia.model.transformer import Transformer
-from lalia.planner import measure_step
+from lalia.planning.speed import measure_step
 from lalia.progress import Progress
 from lalia.tokenizer.bpe import Tokenizer
-from lalia.training.config import OptimizerConfig
+from lalia.training.config import LoopConfig, OptimizerConfig
 from lalia.training.objectives import next_token
 from lalia.training.pretrain import DTYPES, Evaluation
 from lalia.training.trainer import Trainer, initialize
@@ -59,7 +59,7 @@ def train(
             Path(folder),
             "benchmark",
             Progress(quiet=True),
-            checkpoint_seconds=1e9,
+            LoopConfig(checkpoint_seconds=1e9),
             evaluate=evaluate,
         )
         happened = trainer.train()

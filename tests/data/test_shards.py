@@ -131,3 +131,10 @@ def test_verify_checks_the_ids(tmp_path: Path) -> None:
     edit_manifest(tmp_path, "end_of_text_id", value=98)
     with pytest.raises(CorruptFile, match="does not start with token 98"):
         TokenShards.open(tmp_path, "train", verify=True)
+
+
+def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    shards = TokenShards.open(write(tmp_path), "train")
+    shards.check_tokenizer("ab" * 32)
+    with pytest.raises(CorruptFile, match="the one beside it has cdcdcd"):
+        shards.check_tokenizer("cd" * 32)

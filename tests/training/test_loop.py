@@ -183,3 +183,27 @@ def test_a_batch_that_cannot_be_divided(tmp_path: Path) -> None:
     trainer.world = replace(World.alone(), layout=ParallelConfig(replicate=4))
     with pytest.raises(UserError, match="6 rows cannot be divided among 4"):
         trainer._prepared(0)
+
+
+def test_weights_that_are_no_numbers_are_replaced_by_the_last_good_ones(tmp_path: Path) -> None:
+    """A fault of the machine after step 9; without going back, no later step would be applied."""
+
+    class Corrupting(RandomBatches):
+        def batch(self, step: int) -> Batch:
+            if step == 10:
+                with torch.no_grad():
+                    trainer.model.head_weight[0, 0] = float("nan")
+            return super().batch(step)
+
+    trainer = make_trainer(
+        tmp_path,
+        24,
+        batches=Corrupting(),
+        max_skipped=4,
+        checkpoint_seconds=1e6,
+        evaluation_steps=frozenset({8}),
+        evaluate=lambda step: {},
+    )
+    happened = trainer.train()
+    assert happened["rewinds"] == 1
+    assert all(torch.isfinite(value).all() for value in weights(trainer).values())

@@ -162,6 +162,18 @@ class TokenShards:
             shards._check_ids(tokens_path)
         return shards
 
+    def check_tokenizer(self, sha256: str) -> None:
+        """Refuse to go with another tokenizer than the one that made the ids.
+
+        Raises:
+            CorruptFile: naming both.
+        """
+        if sha256 != self.tokenizer_sha256:
+            raise CorruptFile(
+                f"the {self.split} split was tokenized with a tokenizer of SHA-256 {self.tokenizer_sha256[:12]}..., the "
+                f"one beside it has {sha256[:12]}...; {REMEDY}"
+            )
+
     def _check_ids(self, path: Path) -> None:
         for start in range(0, self.num_tokens, _VERIFY_CHUNK):
             check_range(self.tokens[start : start + _VERIFY_CHUNK], self.vocab_size, path)

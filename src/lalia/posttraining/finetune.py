@@ -27,7 +27,7 @@ from lalia.tokenizer.chat import render_with_mask
 from lalia.training.config import TrainingConfig, parse_time
 from lalia.training.objectives import next_token
 from lalia.training.parallel.world import start
-from lalia.training.pretrain import DTYPES, Evaluation, evenly_spaced, save_trained
+from lalia.training.pretrain import DTYPES, Evaluation, as_planned, evenly_spaced, save_trained
 from lalia.training.trainer import Trainer
 
 
@@ -64,6 +64,9 @@ def finetune(
         what happened: conversations by kind, steps, tokens, seconds, bits per byte on held-out text.
     """
     values = {name: entry["value"] for name, entry in plan["values"].items()}
+    pretraining = as_planned(pretraining, values)
+    if config.micro_batch_size is None:
+        config = config.model_copy(update={"micro_batch_size": pretraining.micro_batch_size})
     world = start(pretraining.parallel, pretraining.timeout_seconds)
     if world.size == 1:
         use_threads(values["threads"])

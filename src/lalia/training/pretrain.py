@@ -8,16 +8,17 @@ import torch
 
 from lalia.data.loader import Batch, PackedBatches
 from lalia.data.shards import TokenShards
-from lalia.devices import make_deterministic, peak_memory_bytes, use_threads
+from lalia.devices import make_deterministic, num_processes, peak_memory_bytes, use_threads
 from lalia.formats.hf_folder import save_model
 from lalia.model.config import ModelConfig
 from lalia.model.transformer import Transformer
 from lalia.progress import Progress
 from lalia.tokenizer.bpe import Tokenizer
 from lalia.training.bits_per_byte import bits_per_byte
-from lalia.training.config import TrainingConfig
+from lalia.training.config import OptimizerConfig, TrainingConfig
 from lalia.training.meters import meters_of
 from lalia.training.objectives import next_token
+from lalia.training.parallel.layout import ParallelConfig
 from lalia.training.parallel.state import full_state
 from lalia.training.parallel.world import World, start
 from lalia.training.sample import sample_text
@@ -47,6 +48,7 @@ def pretrain(
     values = {name: entry["value"] for name, entry in plan["values"].items()}
     if config.deterministic:
         make_deterministic()
+    config = as_planned(config, values)
     world = start(config.parallel, config.timeout_seconds)
     if world.size == 1:  # otherwise whoever started the processes said how many threads each has
         use_threads(values["threads"])
@@ -57,7 +59,9 @@ def pretrain(
     initialize(model, config.seed)
     model.to(world.device).compute_dtype = DTYPES[values["precision"]]
     steps, length, rows = values["steps"], values["sequence_length"], values["batch_size"]
-    packed = PackedBatches(TokenShards.open(tokens, "train", verify=True), length, rows, config.seed)
+    shards = TokenShards.open(tokens, "train", verify=True)
+    shards.check_tokenizer(tokenizer.sha256)
+    packed = PackedBatches(shards, length, rows, config.seed)
     schedule = BatchSchedule(rows, length, steps, config.batch_stages, config.sequence_stages)
     evaluate = Evaluation(model, tokenizer, tokens, length, config.evaluation_bytes, steps)
     trainer = Trainer(
@@ -80,6 +84,21 @@ def pretrain(
     happened |= {"processes": world.size, "layout": world.layout.model_dump()}
     save_trained(model, tokenizer, out, world, chat=False)
     return happened
+
+
+def as_planned(config: TrainingConfig, values: dict[str, Any]) -> TrainingConfig:
+    """The settings with what the planner decided about memory, rates and layout.
+
+    The layout was planned for the devices there were then; with another number of processes, what was asked for counts.
+    """
+    changes: dict[str, Any] = {
+        "optimizer": OptimizerConfig.parse(values["optimizer"], "plan.json"),
+        "micro_batch_size": values["micro_batch_size"],
+        "activation_checkpointing": values["activation_checkpointing"],
+    }
+    if config.parallel == ParallelConfig() and values["devices"] == num_processes():
+        changes["parallel"] = ParallelConfig.parse(values["parallel"], "plan.json")
+    return config.model_copy(update=changes)
 
 
 class ScheduledBatches:

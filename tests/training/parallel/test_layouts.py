@@ -61,7 +61,7 @@ def _differences(names: list[str]) -> dict[tuple[str, str], float]:
 def _check(size: int, names: list[str]) -> None:
     for rank, differences in enumerate(run(_differences, size, names)):
         for case, difference in differences.items():
-            limit = 2e-2 if case[1] == "bfloat16" else TOLERANCE  # the sums of a rank's bfloat16 parts have 8 bits
+            limit = 3e-2 if case[1] == "bfloat16" else TOLERANCE  # the sums of a rank's bfloat16 parts have 8 bits
             assert difference < limit, (rank, case, difference)
 
 
