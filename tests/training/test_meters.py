@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import lalia.model.transformer
+from lalia.model.attention import Pattern
 from lalia.model.config import ModelConfig
 from lalia.model.transformer import Transformer
 from lalia.training.meters import Meters, first_start, meters_of
@@ -36,16 +37,15 @@ def plain_attention(
     key: Tensor,
     value: Tensor,
     scale: float,
-    mask: Tensor | None,
+    pattern: Pattern | None,
     causal: bool = True,
     softcap: float = 0.0,
-    window: int = 0,
 ) -> Tensor:
     """Attention by products over as many keys per query as the formula counts: all, or those of the window."""
     repeats = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
     length = query.shape[2]
-    window = length if mask is None else min(int(mask[0, 0, -1].sum()), length)  # the last token sees a whole window
+    window = length if pattern is None or pattern.window is None else min(pattern.window, length)
     band_key, band_value = (F.pad(t, (0, 0, window - 1, 0)).unfold(2, window, 1) for t in (key, value))
     if window == length:  # (batch, heads, seq, head_dim) x (batch, heads, head_dim, seq)
         scores = query @ key.transpose(2, 3)

@@ -111,7 +111,7 @@ def test_router_losses_join_in_training_only() -> None:
     base, weight, _ = next_token(plain.train(), batch)
     loss, same_weight, _ = next_token(routed.train(), batch)
     assert weight == same_weight
-    assert loss.item() == pytest.approx(base.item() + weight * added, rel=1e-6)
+    assert loss.item() == pytest.approx(base.item() + int(weight) * added, rel=1e-6)
     assert next_token(routed.eval(), batch)[0].item() == pytest.approx(base.item(), rel=1e-6)
     loss.backward()
     assert all(layer.feed_forward.router.grad.abs().max() > 0 for layer in routed.layers)  # pyright: ignore
@@ -120,12 +120,12 @@ def test_router_losses_join_in_training_only() -> None:
 def test_micro_batches_give_the_weighted_mean_of_their_router_losses() -> None:
     model, batch = tiny_model(**EXPERTS, router_aux_loss_coef=1.0).train(), padded_batch()
     parts = [next_token(model, part) for part in batch.split(2)]
-    plain = [next_token(model.eval(), part) for part in batch.split(2)]
-    router = [(loss - base).item() / weight for (loss, weight, _), (base, *_) in zip(parts, plain, strict=True)]
-    total = sum(weight for _, weight, _ in parts)
-    combined = sum(loss.item() for loss, *_ in parts) / total
-    base = sum(loss.item() for loss, *_ in plain) / total
-    mean = sum(value * weight for value, (_, weight, _) in zip(router, parts, strict=True)) / total
+    plain = [next_token(model.eval(), part)[0].item() for part in batch.split(2)]
+    weights = [int(weight) for _, weight, _ in parts]
+    router = [(loss.item() - base) / w for (loss, *_), base, w in zip(parts, plain, weights, strict=True)]
+    combined = sum(loss.item() for loss, *_ in parts) / sum(weights)
+    base = sum(plain) / sum(weights)
+    mean = sum(value * weight for value, weight in zip(router, weights, strict=True)) / sum(weights)
     assert combined == pytest.approx(base + mean, rel=1e-6)
     assert all(1.9 < value < 4.0 for value in router)
 

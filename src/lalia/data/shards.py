@@ -170,8 +170,8 @@ class TokenShards:
         """
         if sha256 != self.tokenizer_sha256:
             raise CorruptFile(
-                f"the {self.split} split was tokenized with a tokenizer of SHA-256 {self.tokenizer_sha256[:12]}..., the "
-                f"one beside it has {sha256[:12]}...; {REMEDY}"
+                f"the {self.split} split was tokenized with a tokenizer of SHA-256 {self.tokenizer_sha256[:12]}..., "
+                f"the one beside it has {sha256[:12]}...; {REMEDY}"
             )
 
     def _check_ids(self, path: Path) -> None:

@@ -38,8 +38,8 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype, iterations: int = 5) -> 
     Returns:
         (count, rows, columns) in `dtype`.
     """
-    if dtype == torch.float32 and matrices.device.type == "cpu":
-        return _halley(matrices.float())
+    if dtype in (torch.float32, torch.float64) and matrices.device.type == "cpu":
+        return _halley(matrices.to(dtype))
     norm = torch.linalg.vector_norm(matrices, dim=(1, 2), keepdim=True, dtype=torch.float32)
     x = (matrices / (norm * 1.01 + 1e-7)).to(dtype)
     for a, b, c in POLAR_EXPRESS[:iterations]:
@@ -214,6 +214,7 @@ class _Kind:
     """
 
     shape: tuple[int, int]
+    experts: int
     wide: bool
     moves: tuple[_Move, ...]
 
@@ -253,6 +254,7 @@ def _layout(parameter: nn.Parameter, heights: tuple[int, ...], mesh: "DeviceMesh
         axes.append((mesh[name], None if dim is None else dim - parameter.ndim + 4))
     axes = [(axis, dim) for axis, dim in axes if axis.size() > 1]
     num_experts = parameter.shape[0] if parameter.ndim == 3 else 1
+    experts = local(parameter).shape[0] if parameter.ndim == 3 else 1
     result, start = [], 0
     for height in heights[: len(heights) // num_experts]:
         columns = parameter.shape[-1]
@@ -268,7 +270,7 @@ def _layout(parameter: nn.Parameter, heights: tuple[int, ...], mesh: "DeviceMesh
             moves.append(_Move(axis, turned, size))
         here = height // math.prod(axis.size() for axis, dim in axes if dim == 2)
         shape = (columns, height) if wide else (height, columns)
-        result.append((_Kind(shape, wide, tuple(moves)), slice(start, start + here)))
+        result.append((_Kind(shape, experts, wide, tuple(moves)), slice(start, start + here)))
         start += here
     assert start == local(parameter).shape[-2], "the rows of stacked matrices must divide evenly"
     return result

@@ -115,6 +115,8 @@ _EMBEDDINGS = ("embedding.weight", "position_embedding.weight", "type_embedding.
 
 def iteration_dtype(model: Transformer) -> torch.dtype:
     """Precision of Muon's iteration: bfloat16 where that is fast; the iteration tolerates it (Jordan et al. 2024)."""
+    if model.compute_dtype == torch.float64:
+        return torch.float64
     if model.compute_dtype == torch.bfloat16 or model.device.type != "cpu":
         return torch.bfloat16
     capabilities = torch.cpu.get_capabilities()
