@@ -17,6 +17,7 @@ EXTRAS = {
     "onnx": ("onnxruntime", "lalia convert --to onnx"),
     "lowbit": ("torchao", "optimizer states of 8 bits"),
     "tensorboard": ("tensorboard", "curves in TensorBoard"),
+    "cluster": ("ray", "training on a Ray cluster"),
     "compare": ("tiktoken", "bytes per token beside GPT-2 and cl100k"),
 }
 """Extra: a package it brings, and what for."""

@@ -167,7 +167,7 @@ def test_any_recipe_survives_toml() -> None:
                 "tie_word_embeddings": rng.choice([None, True, False]),
             },
             "pretrain": {
-                "budget": rng.choice([None, "1.5 hours"]),
+                "budget": rng.choice(["300M tokens", "1.5 hours"]),
                 "steps": rng.choice([None, 1, 10**12]),
                 "checkpoint_seconds": number(),
                 "seed": rng.randint(-(2**40), 2**40),

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import random
-import signal
 import subprocess
 import time
 from pathlib import Path
@@ -43,7 +42,7 @@ def kill_during(stage: str, delay: float, run: Path, arguments: list[str], cwd: 
             break
         time.sleep(0.01)
     alive = process.poll() is None
-    os.kill(process.pid, signal.SIGKILL)
+    process.kill()
     process.wait()
     return alive
 

@@ -16,7 +16,7 @@ def noisy(count: int, seed: int = 0) -> list[float]:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_is_skipped_from_the_first_step_on(bad: float) -> None:
-    guard = StepGuard(None, torch.device("cpu"))
+    guard = StepGuard(0.0, torch.device("cpu"))
     assert judged(guard, [bad, 3.0, bad, bad]) == [False, True, False, False]
     assert not judged(guard, [3.0], norm=bad)[0]
     assert guard.counts.tolist() == [1, 4, 3]
@@ -31,7 +31,7 @@ def test_a_spike_is_skipped_and_usual_noise_is_not() -> None:
 
 def test_without_deviations_a_spike_passes() -> None:
     """Negative control."""
-    guard = StepGuard(None, torch.device("cpu"))
+    guard = StepGuard(0.0, torch.device("cpu"))
     assert all(judged(guard, [*noisy(300), 3.9]))
 
 

@@ -12,6 +12,7 @@ class FinetuneOptimizerConfig(OptimizerConfig):
     """Pretraining's optimizer settings at lower learning rates, over a schedule that decays nearly all the way."""
 
     matrix_learning_rate: float = Field(default=0.004, gt=0)
+    adamw_matrix_learning_rate: float = Field(default=0.0006, gt=0)
     embedding_learning_rate: float = Field(default=0.02, gt=0)
     head_learning_rate: float = Field(default=0.0015, gt=0)
     scalar_learning_rate: float = Field(default=0.0015, gt=0)

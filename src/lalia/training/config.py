@@ -138,9 +138,9 @@ class LoopConfig(Settings):
     """Coefficient of the mean squared log-partition of the output (PaLM, Chowdhery et al. 2022); 1e-4 is usual."""
     average_decay: float = Field(default=0.0, ge=0, lt=1)
     """Decay of an exponential moving average of the weights, which the run ends with; 0 keeps none."""
-    spike_deviations: float | None = Field(default=6.0, gt=0)
-    """Steps whose loss or gradient norm is so many standard deviations above the recent mean are skipped; None skips
-    only what is not finite."""
+    spike_deviations: float = Field(default=6.0, ge=0)
+    """Steps whose loss or gradient norm is so many standard deviations above the recent mean are skipped; 0 skips only
+    what is not finite."""
     max_skipped: int = Field(default=20, gt=0)
     """Skipped steps in a row after which training goes back to the last checkpoint and passes over their batches; it
     is looked at every so many steps, so that the device is not waited for more often."""

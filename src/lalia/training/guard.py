@@ -15,11 +15,11 @@ class StepGuard:
     optimizer's (its documentation, 2024); skipped steps do not enter the history.
 
     Args:
-        deviations: None skips only what is not finite.
+        deviations: 0 skips only what is not finite.
         device: where loss and norm are.
     """
 
-    def __init__(self, deviations: float | None, device: torch.device) -> None:
+    def __init__(self, deviations: float, device: torch.device) -> None:
         self.deviations = deviations
         self.history = torch.zeros(2, WINDOW, device=device)
         """Loss and gradient norm of applied steps, a ring."""
@@ -31,7 +31,7 @@ class StepGuard:
         """1.0 to apply the step, 0.0 to skip it (a 0-d float32 tensor); loss and norm are 0-d."""
         values = torch.stack((loss, norm)).float()
         keep = values.isfinite().all()
-        if self.deviations is not None:
+        if self.deviations:
             seen = self.counts[0].clamp(max=WINDOW)
             mask = self._places < seen
             mean = (self.history * mask).sum(1) / seen.clamp(min=1)
