@@ -148,7 +148,7 @@ def test_a_process_that_hangs_is_named_and_replaced(prepared: Path, undisturbed:
 
     status, errors, digest = train(folder, stop)
     assert status == 0, errors
-    assert "Behind all others is process 1: step" in errors, errors
+    assert "Look at process 1 and its machine: step" in errors, errors
     assert digest == undisturbed
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 
 from lalia.devices import num_processes
 from lalia.training.parallel.layout import AXES, ParallelConfig, resolve
@@ -119,7 +120,9 @@ def start(config: ParallelConfig, timeout_seconds: float = 600.0) -> World:
 
 def _join(backend: str, timeout: timedelta) -> None:
     """Form the process group once all are there: they may start minutes apart, on a `timeout` of seconds."""
-    store, rank, size = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
+    store, rank, size = next(rendezvous("env://", timeout=JOIN_TIMEOUT))
+    # torchrun's store outlives the processes: after a restart it still holds the addresses of those that died.
+    store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     store.set(f"lalia/here/{rank}", "")
     store.wait([f"lalia/here/{other}" for other in range(size)], JOIN_TIMEOUT)
     # Checkpoints and messages go between CPUs, beside what NCCL does.
