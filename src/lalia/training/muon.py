@@ -40,6 +40,10 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype, iterations: int = 5) -> 
     """
     if dtype in (torch.float32, torch.float64) and matrices.device.type == "cpu":
         return _halley(matrices.to(dtype))
+    return _newton_schulz(matrices, dtype, iterations)
+
+
+def _newton_schulz(matrices: Tensor, dtype: torch.dtype, iterations: int) -> Tensor:
     norm = torch.linalg.vector_norm(matrices, dim=(1, 2), keepdim=True, dtype=torch.float32)
     x = (matrices / (norm * 1.01 + 1e-7)).to(dtype)
     for a, b, c in POLAR_EXPRESS[:iterations]:
