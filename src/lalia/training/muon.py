@@ -56,9 +56,9 @@ def _newton_schulz(matrices: Tensor, dtype: torch.dtype, iterations: int) -> Ten
 def _halley(x: Tensor) -> Tensor:
     """Two steps of the dynamically weighted Halley iteration (Nakatsukasa, Bai, Gygi 2010), on X^T X alone.
 
-    A step is X (b/c + (a - b/c) (1 + c X^T X)^-1), so both together are X times a function of X^T X. Fewer products than
-    five Newton-Schulz steps, but the inverses do not get faster with threads, and where other work takes the cores they
-    are slower by far (docs/decisions/008); benchmarks/kernels.py measures both.
+    A step is X (b/c + (a - b/c) (1 + c X^T X)^-1), so both together are X times a function of X^T X. Fewer products
+    than five Newton-Schulz steps, but the inverses do not get faster with threads, and where other work takes the cores
+    they are slower by far (docs/decisions/008); benchmarks/kernels.py measures both.
     X is divided by an upper bound of its largest singular value, the fourth root of the sum of their fourth powers.
     """
     gram = torch.bmm(x.transpose(1, 2), x)
