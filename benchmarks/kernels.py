@@ -1,4 +1,4 @@
-"""The two choices that make training fast on a CPU, each beside what PyTorch would do by itself.
+"""The choices that make training fast on a CPU, each beside what PyTorch or a paper would do by itself.
 
     python benchmarks/kernels.py
 
@@ -20,10 +20,12 @@ from lalia.devices import use_threads
 from lalia.model import attention
 from lalia.model.attention import attend
 from lalia.model.functions import _onednn
+from lalia.training.muon import _halley, _newton_schulz
 from machine import describe, table, write_result
 
 ATTENTION_SHAPES = ((8, 3, 256, 64), (16, 4, 256, 64), (8, 4, 512, 64))  # (batch, heads, seq, head_dim)
 LINEAR_SHAPES = ((2048, 192, 576), (4096, 256, 768), (4096, 256, 4096))  # (rows, in, out)
+MATRIX_SHAPES = ((24, 256, 256), (18, 704, 256), (24, 384, 384))  # (count, rows, columns)
 
 
 def medians(contestants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
@@ -73,6 +75,17 @@ def measure_linear(shape: tuple[int, int, int], rounds: int) -> dict[str, float]
     )
 
 
+def measure_orthogonalization(shape: tuple[int, int, int], rounds: int) -> dict[str, float]:
+    matrices = torch.randn(shape)
+    return medians(
+        {
+            "5 Newton-Schulz steps": lambda: _newton_schulz(matrices, torch.float32, 5),
+            "2 Halley steps": lambda: _halley(matrices),
+        },
+        rounds,
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
@@ -87,6 +100,9 @@ def main() -> None:
             rows += [{"what": name, "milliseconds": measure_attention(shape, dtype, rounds)}]
     for shape in LINEAR_SHAPES:
         rows += [{"what": f"linear {shape} float32", "milliseconds": measure_linear(shape, rounds)}]
+    for shape in MATRIX_SHAPES:
+        name = f"orthogonalization {shape} float32"
+        rows += [{"what": name, "milliseconds": measure_orthogonalization(shape, rounds)}]
     for row in rows:
         print(row["what"])
         print(table(["", "ms"], list(row["milliseconds"].items())))

@@ -1,6 +1,11 @@
-"""Training speed in tokens per second: Lalia beside nanoGPT, nanochat and the transformers Trainer.
+"""Training speed and memory: Lalia beside nanoGPT, nanochat, litgpt and the transformers Trainer.
 
-    python benchmarks/train_throughput.py --nanogpt DIR --nanochat DIR
+    python benchmarks/train_throughput.py --nanogpt DIR --nanochat DIR --litgpt DIR
+    python benchmarks/train_throughput.py --shape 30m --nanogpt DIR ...
+
+The transformers Trainer needs `accelerate`, litgpt `lightning`, `torchmetrics` and `jsonargparse`; who lacks something
+is named at the end. Memory is the largest resident size of the contestant's process, and the same without what the
+process had before it imported the contestant (Python, PyTorch, this script).
 
 Everyone trains at the same width, depth, sequence length, batch and vocabulary, in the same number type, on the same
 threads, with its own model, loss, gradient clipping and optimizer, on the same random tokens. Each contestant lives in
@@ -27,6 +32,7 @@ import torch
 
 import machine
 import peer_nanochat
+from lalia.devices import peak_memory_bytes
 from lalia.errors import UserError
 
 WARM_UP_STEPS = 3
@@ -48,6 +54,15 @@ class Shape:
     """Feed-forward width of gated models: 3 * 256 * 704 weights are 3 % more than the 2 * 256 * 1024 of the others."""
     precision: str = "float32"
 
+    @classmethod
+    def named(cls, name: str, precision: str) -> "Shape":
+        """The shape that --shape names."""
+        if name == "quick":
+            return cls(num_layers=1, sequence_length=64, batch_size=4, vocab_size=512, precision=precision)
+        if name == "30m":  # nanoGPT's small GPT-2: its Shakespeare width and depth, GPT-2's vocabulary
+            return cls(384, 6, 6, vocab_size=50_304, gated_intermediate_size=1024, precision=precision)
+        return cls(precision=precision)
+
     @property
     def tokens_per_step(self) -> int:
         return self.batch_size * self.sequence_length
@@ -68,6 +83,8 @@ CONTESTANTS = (
     Contestant("nanogpt", True, "its default"),
     Contestant("nanochat", True, "as scripts/base_train.py does"),
     Contestant("nanochat", False, "TORCHDYNAMO_DISABLE=1"),
+    Contestant("litgpt", False, "without its torch.compile"),
+    Contestant("litgpt", True, "as litgpt pretrain does, without Fabric's wrappers"),
     Contestant("transformers", False, "Trainer, defaults"),
     Contestant("transformers", True, "Trainer, torch_compile=True"),
 )
@@ -212,6 +229,53 @@ def nanochat(folder: Path, shape: Shape, compiled: bool) -> tuple[torch.nn.Modul
     return raw, timed(step)
 
 
+def litgpt(folder: Path, shape: Shape, compiled: bool) -> tuple[torch.nn.Module, Speed]:
+    """litgpt: its GPT as a Llama with tied weights, its chunked loss, and the step of its pretrain.py.
+
+    Its own meter is not used: it divides tokens by a time of day.
+    """
+    sys.path.insert(0, str(folder))
+    model_module: Any = importlib.import_module("litgpt.model")
+    utilities: Any = importlib.import_module("litgpt.utils")
+    raw: Any = model_module.GPT(
+        model_module.Config(
+            block_size=shape.sequence_length,
+            vocab_size=shape.vocab_size,
+            padded_vocab_size=shape.vocab_size,
+            n_layer=shape.num_layers,
+            n_head=shape.num_heads,
+            n_embd=shape.hidden_size,
+            intermediate_size=shape.gated_intermediate_size,
+            rotary_percentage=1.0,
+            parallel_residual=False,
+            bias=False,
+            norm_class_name="RMSNorm",
+            mlp_class_name="LLaMAMLP",
+        )
+    )
+    for module in raw.modules():  # initialize_weights in pretrain.py, without the smaller deviation of its projections
+        if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
+            torch.nn.init.normal_(module.weight, std=(2 / 5 / shape.hidden_size) ** 0.5)
+    raw.lm_head.weight = raw.transformer.wte.weight  # --tie_embeddings true in pretrain.py
+    raw.max_seq_length = shape.sequence_length
+    model: Any = torch.compile(raw) if compiled else raw
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=False)
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=shape.precision == "bfloat16")  # precision bf16-mixed
+    pool = random_batches(shape)
+
+    def step(number: int) -> float:
+        tokens = pool[number % POOL]
+        with autocast:
+            loss = utilities.chunked_cross_entropy(model(tokens[:, :-1].contiguous()), tokens[:, 1:].contiguous())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    return raw, timed(step)
+
+
 def transformers(shape: Shape, compiled: bool) -> tuple[torch.nn.Module, Speed]:
     """The transformers Trainer with its Qwen3 model, its data loader and collator, its fused AdamW and clipping.
 
@@ -298,8 +362,11 @@ def work(task: dict[str, Any]) -> None:
     torch.set_num_threads(task["threads"])
     torch.manual_seed(0)
     shape, compiled, folder = Shape(**task["shape"]), bool(task["compiled"]), Path(task["folder"] or ".")
+    before = peak_memory_bytes()
     if task["name"] == "nanogpt":
         model, speed = nanogpt(folder, shape, compiled)
+    elif task["name"] == "litgpt":
+        model, speed = litgpt(folder, shape, compiled)
     elif task["name"] == "nanochat":
         model, speed = nanochat(folder, shape, compiled)
     elif task["name"] == "transformers":
@@ -320,7 +387,9 @@ def work(task: dict[str, Any]) -> None:
     print(json.dumps(ready), file=answers, flush=True)
     for line in sys.stdin:
         steps, seconds, loss = speed(float(line))
-        print(json.dumps({"steps": steps, "seconds": seconds, "loss": loss}), file=answers, flush=True)
+        peak = peak_memory_bytes()
+        answer = {"steps": steps, "seconds": seconds, "loss": loss, "peak_bytes": peak, "own_bytes": peak - before}
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 class Worker:
@@ -374,6 +443,8 @@ def summarize(workers: Sequence[Worker], rounds: Sequence[Sequence[dict[str, Any
                 **asdict(worker.contestant),
                 **worker.ready,
                 "last_loss": rounds[-1][i]["loss"],
+                "peak_bytes": rounds[-1][i]["peak_bytes"],
+                "peak_bytes_above_import": rounds[-1][i]["own_bytes"],
                 "tokens_per_second": statistics.median(speeds),
                 "tokens_per_second_rounds": speeds,
             }
@@ -389,6 +460,10 @@ def summarize(workers: Sequence[Worker], rounds: Sequence[Sequence[dict[str, Any
                 "best_variant_compiled": best["compiled"],
                 "ratio": statistics.median(by_round),
                 "ratio_rounds": by_round,
+                # A peer's memory is that of its most frugal variant, whichever is faster.
+                "memory_ratio": mine["peak_bytes"] / min(row["peak_bytes"] for row in rows if row["name"] == name),
+                "memory_ratio_above_import": mine["peak_bytes_above_import"]
+                / min(row["peak_bytes_above_import"] for row in rows if row["name"] == name),
             }
     return {"contestants": rows, "ratio_ours_to_peer": ratios}
 
@@ -398,6 +473,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nanogpt", type=Path, help="checkout of nanoGPT; left out: not compared")
     parser.add_argument("--nanochat", type=Path, help="checkout of nanochat; left out: not compared")
+    parser.add_argument("--litgpt", type=Path, help="checkout of litgpt; left out: not compared")
+    parser.add_argument("--shape", choices=("7m", "30m"), default="7m", help="384 x 6 with 50,304 ids is 30m")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="nanoGPT: float32 only")
     parser.add_argument("--rounds", type=int, default=5)
@@ -410,13 +487,12 @@ def main() -> None:
     if options.worker:
         work(json.loads(options.worker))
         return
-    shape = Shape(precision=options.precision)
-    if options.quick:
-        shape = Shape(num_layers=1, sequence_length=64, batch_size=4, vocab_size=512, precision=options.precision)
+    shape = Shape.named("quick" if options.quick else options.shape, options.precision)
     rounds_wanted, seconds = (1, 0.5) if options.quick else (options.rounds, options.seconds)
     folders = {
         "nanogpt": machine.checkout(options.nanogpt, "nanogpt", "model.py") if options.nanogpt else None,
         "nanochat": machine.checkout(options.nanochat, "nanochat", "nanochat/gpt.py") if options.nanochat else None,
+        "litgpt": machine.checkout(options.litgpt, "litgpt", "litgpt/model.py") if options.litgpt else None,
     }
 
     with contextlib.ExitStack() as stack:
@@ -449,20 +525,37 @@ def main() -> None:
             min(row["tokens_per_second_rounds"]),
             max(row["tokens_per_second_rounds"]),
             f"{row['parameters'] / 1e6:.2f}M",
+            row["peak_bytes"] / 2**20,
+            row["peak_bytes_above_import"] / 2**20,
             row["warm_up_seconds"],
             row["first_loss"],
             row["last_loss"],
         )
         for row in result["contestants"]
     ]
-    columns = ("", "tokens/s", "lowest", "highest", "weights", "warm-up s", "first loss", "last loss")
+    columns = (
+        "",
+        "tokens/s",
+        "lowest",
+        "highest",
+        "weights",
+        "peak MiB",
+        "above import",
+        "warm-up s",
+        "first loss",
+        "last loss",
+    )
     print(machine.table(columns, rows))
     for name, ratio in result["ratio_ours_to_peer"].items():
-        print(f"ours / {name} (its faster variant): {ratio['ratio']:.2f}")
+        print(f"ours / {name} (its faster variant): {ratio['ratio']:.2f}, memory {ratio['memory_ratio']:.2f}")
     for line in skipped:
         print(f"did not start: {line}")
     machine.write_result(
-        "train_throughput" if options.precision == "float32" else f"train_throughput_{options.precision}",
+        "_".join(
+            ["train_throughput"]
+            + ([options.shape] if options.shape != "7m" else [])
+            + ([options.precision] if options.precision != "float32" else [])
+        ),
         {
             "machine": machine.describe(options.threads),
             "peers": {name: machine.commit(folder) for name, folder in folders.items() if folder},

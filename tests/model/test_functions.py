@@ -156,6 +156,22 @@ def test_activations(ours: Callable[[Tensor], Tensor], textbook: Callable[[Tenso
     assert torch.equal(x, kept), "the input was overwritten"
 
 
+def test_swiglu_writes_its_gradient_over_what_nobody_needs_any_more() -> None:
+    """And says so to whoever does."""
+    (x,) = leaves(random(4, 10))
+    expected = gradients(textbook_swiglu, 2.0 * random(4, 10))[1] * 2.0
+    upstream = random(5, 4, seed=9).t()
+    doubled = x * 2.0
+    (gradient,) = torch.autograd.grad(swiglu(doubled), x, upstream)
+    assert_close((gradient,), (expected,), 1e-12)
+    assert torch.equal(x.detach(), random(4, 10))
+    doubled = x * 2.0
+    loss = (swiglu(doubled) * upstream).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 # Attention: the blocked CPU form (training) and PyTorch's kernel (no gradient), against the textbook.
 
 

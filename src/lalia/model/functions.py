@@ -225,6 +225,10 @@ class _Rotate(torch.autograd.Function):
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up, where the last dimension holds gate then up (Shazeer 2020).
 
+    On a CPU backward writes the gradient over `gate_up`, unless that is a leaf: it is a layer's largest activation, and
+    fresh memory of that size costs page faults. Whoever still needs `gate_up` afterwards (a second backward pass) is
+    told so by autograd.
+
     Args:
         gate_up: (..., 2 * size)
 
@@ -232,8 +236,9 @@ def swiglu(gate_up: Tensor) -> Tensor:
         (..., size)
     """
     if torch.is_grad_enabled() and gate_up.requires_grad:
-        y = _SwiGLU.apply(gate_up)
-        return with_recipe(y, _swiglu, gate_up) if gate_up.device.type == "cpu" else y
+        on_cpu = gate_up.device.type == "cpu"
+        y = _SwiGLU.apply(gate_up, on_cpu and not gate_up.is_leaf and gate_up.is_contiguous())
+        return with_recipe(y, _swiglu, gate_up) if on_cpu else y
     return _swiglu(gate_up)
 
 
@@ -248,14 +253,15 @@ CACHE_ELEMENTS = 1 << 17
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+    def forward(ctx: Any, gate_up: Tensor, overwrite: bool) -> Tensor:
         ctx.save_for_backward(gate_up)
+        ctx.overwrite = overwrite
         return _swiglu(gate_up)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (gate_up,) = ctx.saved_tensors
-        out = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
+        out = gate_up if ctx.overwrite else torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
         width = gate_up.shape[-1]
         num_rows = gate_up.numel() // width
         block = max(1, CACHE_ELEMENTS // width) if gate_up.device.type == "cpu" else num_rows
@@ -265,11 +271,12 @@ class _SwiGLU(torch.autograd.Function):
             grad_gate, grad_up = out_piece.chunk(2, -1)
             sigmoid = torch.sigmoid(gate)
             silu = gate * sigmoid
+            grad_silu = g * up
             torch.mul(g, silu, out=grad_up)
             # d silu / d gate = sigmoid + silu (1 - sigmoid)
             sigmoid.add_(silu.addcmul_(silu, sigmoid, value=-1.0))
-            torch.mul(g, up, out=grad_gate).mul_(sigmoid)
-        return out
+            torch.mul(grad_silu, sigmoid, out=grad_gate)
+        return (out if out is not gate_up else out.detach()), None
 
 
 def relu_squared(x: Tensor) -> Tensor:

@@ -40,6 +40,10 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype, iterations: int = 5) -> 
     """
     if dtype in (torch.float32, torch.float64) and matrices.device.type == "cpu":
         return _halley(matrices.to(dtype))
+    return _newton_schulz(matrices, dtype, iterations)
+
+
+def _newton_schulz(matrices: Tensor, dtype: torch.dtype, iterations: int) -> Tensor:
     norm = torch.linalg.vector_norm(matrices, dim=(1, 2), keepdim=True, dtype=torch.float32)
     x = (matrices / (norm * 1.01 + 1e-7)).to(dtype)
     for a, b, c in POLAR_EXPRESS[:iterations]:
@@ -52,8 +56,9 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype, iterations: int = 5) -> 
 def _halley(x: Tensor) -> Tensor:
     """Two steps of the dynamically weighted Halley iteration (Nakatsukasa, Bai, Gygi 2010), on X^T X alone.
 
-    A step is X (b/c + (a - b/c) (1 + c X^T X)^-1), so both together are X times a function of X^T X: half the time of
-    five Newton-Schulz steps for a tall matrix, two thirds for a square one (benchmarks/kernels.py).
+    A step is X (b/c + (a - b/c) (1 + c X^T X)^-1), so both together are X times a function of X^T X. Fewer products
+    than five Newton-Schulz steps, but the inverses do not get faster with threads, and where other work takes the cores
+    they are slower by far (docs/decisions/008); benchmarks/kernels.py measures both.
     X is divided by an upper bound of its largest singular value, the fourth root of the sum of their fourth powers.
     """
     gram = torch.bmm(x.transpose(1, 2), x)
