@@ -124,6 +124,7 @@ def test_the_average_is_that_of_the_weights_after_each_step(tmp_path: Path) -> N
     averaged = make_trainer(tmp_path, 6, average_decay=0.5)
     averaged.train()
     expected = {name: p.detach().clone() for name, p in tiny_model().named_parameters()}
+    model = tiny_model()
     for steps in range(1, 7):
         folder = tmp_path / str(steps)
         folder.mkdir()

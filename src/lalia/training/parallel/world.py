@@ -7,6 +7,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
@@ -122,7 +123,7 @@ def _join(backend: str, timeout: timedelta) -> None:
     """Form the process group once all are there: they may start minutes apart, on a `timeout` of seconds."""
     store, rank, size = next(rendezvous("env://", timeout=JOIN_TIMEOUT))
     # torchrun's store outlives the processes: after a restart it still holds the addresses of those that died.
-    store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    store = PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     store.set(f"lalia/here/{rank}", "")
     store.wait([f"lalia/here/{other}" for other in range(size)], JOIN_TIMEOUT)
     # Checkpoints and messages go between CPUs, beside what NCCL does.
