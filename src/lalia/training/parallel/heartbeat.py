@@ -64,8 +64,8 @@ class Heartbeat:
         return UserError(
             f"process {self.world.rank} waited in vain for the others. Look at process {first.rank} and its machine: "
             f"step {first.step}, {first.place}, for {first.seconds:.0f} s, last sign of life "
-            f"{first.silent_seconds:.0f} s ago ({listed}). torchrun --max-restarts starts all of them again from the last "
-            "checkpoint; pretrain.timeout_seconds is how long they wait. The cause as it was reported: "
+            f"{first.silent_seconds:.0f} s ago ({listed}). torchrun --max-restarts starts all of them again from the "
+            "last checkpoint; pretrain.timeout_seconds is how long they wait. The cause as it was reported: "
             f"{str(error).splitlines()[0][:300]}"
         )
 
