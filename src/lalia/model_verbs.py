@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from lalia.arguments import Json, Model, model_folder, print_json, standard_input
+from lalia.errors import UserError
 
 app = typer.Typer()
 
@@ -52,16 +53,37 @@ def convert(
     text: Annotated[Path | None, typer.Option(help="a text to compare an ONNX model with its source on")] = None,
     as_json: Json = False,
 ) -> None:
-    """Write a model in another format, and say how far it is from the original."""
+    """Write a model in another format, and say how far it is from the original.
+
+    A checkpoint of a training (runs/NAME/.base.partial/step-...) becomes a model folder with --to hf.
+    """
     from lalia.formats.convert import convert as convert_model
     from lalia.formats.convert import report
 
+    if (Path(model) / "checkpoint.json").is_file():
+        _convert_checkpoint(Path(model), to, out, as_json)
+        return
     facts = convert_model(model_folder(model, "chat"), to, out, text)
     if as_json:
         print_json(facts)
         return
     for line in (f"{facts['path']}: {', '.join(facts['files'])}, {facts['bytes'] / 1e6:,.1f} MB", *report(facts)):
         print(line)
+
+
+def _convert_checkpoint(checkpoint: Path, to: str, out: Path | None, as_json: bool) -> None:
+    if to != "hf" or out is None:
+        raise UserError(
+            f"a checkpoint becomes a model folder first: lalia convert {checkpoint} --to hf --out FOLDER; convert that "
+            "further"
+        )
+    from lalia.training.pretrain import save_checkpoint_as_model
+
+    save_checkpoint_as_model(checkpoint, out)
+    if as_json:
+        print_json({"path": str(out), "checkpoint": str(checkpoint)})
+    else:
+        print(f"{out}: the model of {checkpoint}")
 
 
 Texts = Annotated[list[str] | None, typer.Argument(metavar="[TEXT]...", help="texts; - reads one per line")]

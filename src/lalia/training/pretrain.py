@@ -9,12 +9,15 @@ import torch
 from lalia.data.loader import Batch, PackedBatches
 from lalia.data.shards import TokenShards
 from lalia.devices import make_deterministic, num_processes, peak_memory_bytes, use_threads
+from lalia.errors import UserError
+from lalia.files import read_json
 from lalia.formats.hf_folder import save_model
 from lalia.model.config import ModelConfig
 from lalia.model.transformer import Transformer
 from lalia.progress import Progress
 from lalia.tokenizer.bpe import Tokenizer
 from lalia.training.bits_per_byte import bits_per_byte
+from lalia.training.checkpoints import read_model
 from lalia.training.config import OptimizerConfig, TrainingConfig
 from lalia.training.meters import meters_of
 from lalia.training.objectives import next_token
@@ -121,12 +124,53 @@ def save_trained(model: Transformer, tokenizer: Tokenizer, out: Path, world: Wor
     weights = full_state(model)
     if not world.is_main:
         return
+    write_model(with_weights(model.config, weights), tokenizer, out, chat)
+
+
+def with_weights(config: ModelConfig, weights: dict[str, torch.Tensor]) -> Transformer:
+    """A model of ordinary tensors, which are taken as they are.
+
+    Raises:
+        UserError: if they are another model's.
+    """
     with torch.device("meta"):
-        whole = Transformer(model.config)
-    whole.load_state_dict(weights, assign=True)
+        model = Transformer(config)
+    try:
+        model.load_state_dict(weights, assign=True)
+    except RuntimeError as error:
+        raise UserError(f"these weights are of another model than the plan's: {error}") from None
+    return model
+
+
+def write_model(model: Transformer, tokenizer: Tokenizer, out: Path, chat: bool) -> None:
+    """A Hugging Face folder: weights, configuration, tokenizer, chat template."""
     eos_ids = [tokenizer.turn_end_id, tokenizer.end_of_text_id] if chat else [tokenizer.end_of_text_id]
-    save_model(whole, out, {"eos_token_id": eos_ids, "bos_token_id": tokenizer.end_of_text_id})
+    save_model(model, out, {"eos_token_id": eos_ids, "bos_token_id": tokenizer.end_of_text_id})
     tokenizer.save(out, max_length=model.config.max_position_embeddings, chat=chat)
+
+
+def save_checkpoint_as_model(checkpoint: Path, out: Path) -> Path:
+    """Write the model of a run's checkpoint, as it was at that step, as a model folder that anything can load.
+
+    Args:
+        checkpoint: such as runs/NAME/.base.partial/step-00000100.
+        out: the new folder.
+
+    Raises:
+        CorruptFile: if the checkpoint is damaged.
+        UserError: if it lies in no run, or is not of a model that the run's plan describes.
+    """
+    run = checkpoint.resolve().parent.parent
+    if not (run / "plan" / "plan.json").exists():
+        raise UserError(
+            f"{checkpoint} lies in no run folder (there is no {run / 'plan' / 'plan.json'}); give one inside its run, "
+            "such as runs/NAME/.base.partial/step-00000100"
+        )
+    config = ModelConfig.parse(read_json(run / "plan" / "plan.json")["model"], "plan.json")
+    tokenizer = Tokenizer.load(run / "tokens" / "tokenizer")
+    model = with_weights(config, read_model(checkpoint))
+    write_model(model, tokenizer, out, chat=checkpoint.resolve().parent.name.startswith(".chat"))
+    return out
 
 
 class Evaluation:

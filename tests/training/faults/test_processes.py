@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -165,10 +165,78 @@ def test_a_job_that_is_told_to_stop_saves_and_continues(prepared: Path, undistur
     status, errors, digest = train(folder, terminate)
     assert (status != 0, digest) == (True, "")
     assert "stopped by SIGTERM at step" in errors, errors
+    newest = max((folder / "run" / ".base.partial").glob("step-*"))
+    convert = ["convert", str(newest), "--to", "hf", "--out", "half"]
+    for arguments in (convert, ["generate", "half", "the king", "--max-tokens", "5", "--seed", "1"]):
+        done = subprocess.run([sys.executable, "-m", "lalia", *arguments], cwd=folder, env=settings(), check=False)
+        assert done.returncode == 0, arguments
     status, errors, digest = train(folder)
     assert status == 0, errors
     assert "continuing at step" in errors
     assert digest == undisturbed
+
+
+@pytest.fixture
+def machines() -> Iterator[list[str]]:
+    """Two network namespaces with a cable between them: machines that share nothing but the disk."""
+    names = [f"lalia{os.getpid()}{side}" for side in "ab"]
+    ip = shutil.which("ip")
+    if ip is None or os.geteuid() != 0:
+        pytest.skip("network namespaces need ip and root")
+    commands = [
+        *(["netns", "add", name] for name in names),
+        ["link", "add", "cable", "netns", names[0], "type", "veth", "peer", "name", "cable", "netns", names[1]],
+        *(["-n", name, "addr", "add", f"10.77.0.{i}/24", "dev", "cable"] for i, name in enumerate(names, 1)),
+        *(["-n", name, "link", "set", device, "up"] for name in names for device in ("lo", "cable")),
+    ]
+    try:
+        for command in commands:
+            done = subprocess.run([ip, *command], capture_output=True, text=True, check=False)
+            if done.returncode:
+                pytest.skip(f"ip {' '.join(command)}: {done.stderr.strip()}")
+        yield names
+    finally:
+        for name in names:
+            subprocess.run([ip, "netns", "del", name], capture_output=True, check=False)
+
+
+@pytest.mark.slow
+def test_two_machines_train_as_one(prepared: Path, undisturbed: str, tmp_path: Path, machines: list[str]) -> None:
+    folder = tmp_path / "work"
+    shutil.copytree(prepared, folder)
+    meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "10.77.0.1:29511", "--rdzv-id", "machines"]
+    processes = []
+    for rank, machine in enumerate(machines):
+        here = [
+            "--nnodes",
+            "2",
+            "--node-rank",
+            str(rank),
+            "--nproc-per-node",
+            "1",
+            "--local-addr",
+            f"10.77.0.{rank + 1}",
+        ]
+        verb = ["-m", "--", "lalia", "pretrain", "recipe.toml", "--run", "run"]
+        command = [sys.executable, "-m", "torch.distributed.run", *here, *meeting, *verb]
+        processes.append(
+            subprocess.Popen(
+                ["ip", "netns", "exec", machine, *command],
+                cwd=folder,
+                env=settings() | {"GLOO_SOCKET_IFNAME": "cable"},
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    try:
+        errors = [process.communicate(timeout=DEADLINE_SECONDS)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], errors
+    weights = folder / "run" / "base" / "model.safetensors"
+    assert hashlib.sha256(weights.read_bytes()).hexdigest() == undisturbed
 
 
 @pytest.mark.slow
