@@ -218,7 +218,7 @@ def test_two_machines_train_as_one(prepared: Path, undisturbed: str, tmp_path: P
             f"10.77.0.{rank + 1}",
         ]
         verb = ["-m", "--", "lalia", "pretrain", "recipe.toml", "--run", "run"]
-        command = [sys.executable, "-m", "torch.distributed.run", *here, *meeting, *verb]
+        command = [sys.executable, "-m", "torch.distributed.run", *place, *meeting, *verb]
         processes.append(
             subprocess.Popen(
                 ["ip", "netns", "exec", machine, *command],
