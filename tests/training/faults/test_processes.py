@@ -207,18 +207,9 @@ def test_two_machines_train_as_one(prepared: Path, undisturbed: str, tmp_path: P
     meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "10.77.0.1:29511", "--rdzv-id", "machines"]
     processes = []
     for rank, machine in enumerate(machines):
-        here = [
-            "--nnodes",
-            "2",
-            "--node-rank",
-            str(rank),
-            "--nproc-per-node",
-            "1",
-            "--local-addr",
-            f"10.77.0.{rank + 1}",
-        ]
+        place = ["--nnodes", "2", "--node-rank", str(rank), "--local-addr", f"10.77.0.{rank + 1}"]
         verb = ["-m", "--", "lalia", "pretrain", "recipe.toml", "--run", "run"]
-        command = [sys.executable, "-m", "torch.distributed.run", *place, *meeting, *verb]
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1", *place, *meeting, *verb]
         processes.append(
             subprocess.Popen(
                 ["ip", "netns", "exec", machine, *command],
