@@ -172,7 +172,8 @@ def main() -> None:
     machine.restart_with(arguments.threads)
     saves = 2 if arguments.quick else arguments.saves
     if arguments.work:
-        print(json.dumps(measure(*arguments.work, saves)))
+        contestant, size = arguments.work
+        print(json.dumps(measure(contestant, size, saves)))
         return
     results: dict[str, Any] = {}
     for size in ("5M",) if arguments.quick else SHAPES:
