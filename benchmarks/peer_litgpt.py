@@ -4,7 +4,9 @@ What is ours: text files for its TextFiles data module (the way its tutorials/pr
 configuration in the form of its config_hub/pretrain/tinystories.yaml, and the windows that score its checkpoint.
 
 As a script (`python peer_litgpt.py '{...}'`) it scores in a process of its own, because litgpt and what it needs lie
-in folders of their own.
+in folders of their own. It needs, beyond what Lalia installs (pip install --no-deps --target DIR ...): lightning
+lightning-utilities torchmetrics jsonargparse typeshed_client docstring-parser psutil litdata tifffile boto3 botocore
+jmespath s3transfer obstore.
 """
 
 import importlib
@@ -23,12 +25,6 @@ import peer_transformers
 from lalia.files import read_json, write_json
 from peer_transformers import BATCH, LENGTH, SHAPE
 
-NEEDED = (
-    "litdata lightning torchmetrics lightning-utilities jsonargparse typeshed_client docstring-parser tifffile boto3 "
-    "botocore jmespath s3transfer"
-)
-"""What litgpt imports and Lalia does not install: pip install --no-deps --target DIR ..."""
-
 OPTIMIZER = {
     "class_path": "torch.optim.AdamW",
     # Between its tinystories.yaml (5e-4), its debug.yaml (6e-4) and the 5e-3 of its tutorial for custom text; and what
@@ -37,18 +33,12 @@ OPTIMIZER = {
 }
 
 
-def prepare(checkout: Path, work: Path, extra: Path | None, documents: Path, threads: int) -> str | None:
-    """Write the text files it trains on; the reason why it cannot run here, or None.
+def prepare(work: Path, documents: Path) -> None:
+    """Write the text files it trains on, one for each document.
 
     Its own validation, which it insists on for two batches, reads the first training document: the held-out text
     stays out of its reach.
     """
-    task = {"do": "import"}
-    try:
-        peer_transformers.in_its_process(Path(__file__), task, _environment(checkout, extra, work, threads), _log(work))
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1]
-        return f"it does not import with torch {torch.__version__}: {reason} (it needs {NEEDED}; see --extra)"
     shutil.rmtree(work / "text", ignore_errors=True)  # with what it made of it: it would not look at new text
     texts = peer_nanochat.read_texts(documents / "train.parquet")
     for split, chosen in (("train", texts), ("check", texts[:1])):
@@ -56,7 +46,6 @@ def prepare(checkout: Path, work: Path, extra: Path | None, documents: Path, thr
         folder.mkdir(parents=True)
         for i, text in enumerate(chosen):
             (folder / f"{i:05d}.txt").write_text(text, encoding="utf-8")
-    return None
 
 
 def train(
@@ -97,7 +86,7 @@ def train(
             "init_args": {
                 "train_data_path": str(work / "text" / "train"),
                 "val_data_path": str(work / "text" / "check"),
-                "num_workers": 1,  # its 4 would crowd two cores
+                "num_workers": 0,  # its 4 would crowd two cores
             },
         },
         "train": {
@@ -151,13 +140,12 @@ def score(
 ) -> dict[str, float]:
     """Bits per byte of validation.parquet under its checkpoint, with non-overlapping and with sliding windows."""
     task = {
-        "do": "score",
         "tokenizer": str(tokenizer.resolve()),
         "documents": str(documents.resolve()),
         "checkpoint": trained["model"],
     }
-    env = _environment(checkout, extra, work, threads)
-    return peer_transformers.in_its_process(Path(__file__), task, env, _log(work))
+    log = work / "logs" / f"{Path(trained['model']).parent.name}.score.log"
+    return peer_transformers.in_its_process(Path(__file__), task, _environment(checkout, extra, work, threads), log)
 
 
 def _environment(checkout: Path, extra: Path | None, work: Path, threads: int) -> dict[str, str]:
@@ -165,17 +153,6 @@ def _environment(checkout: Path, extra: Path | None, work: Path, threads: int) -
     cache = {f"DATA_OPTIMIZER_{kind}": str(work / "litdata") for kind in ("CACHE_FOLDER", "DATA_CACHE_FOLDER")}
     quiet = {"LITDATA_DISABLE_VERSION_CHECK": "1"}
     return peer_transformers.environment(threads, extra, checkout) | cache | quiet
-
-
-def _log(work: Path) -> Path:
-    return work / "logs" / "its-modules.log"
-
-
-def _import_here() -> dict[str, str]:
-    """In its process: everything that `litgpt pretrain` with TextFiles imports."""
-    for module in ("litgpt.__main__", "litdata", "litdata.streaming"):
-        importlib.import_module(module)
-    return {"imported": "all"}
 
 
 @torch.no_grad()
@@ -198,5 +175,4 @@ def _score_here(task: dict[str, Any]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    request = json.loads(sys.argv[1])
-    print("\n" + json.dumps(_import_here() if request["do"] == "import" else _score_here(request)))
+    print("\n" + json.dumps(_score_here(json.loads(sys.argv[1]))))

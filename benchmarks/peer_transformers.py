@@ -29,10 +29,10 @@ from lalia.errors import UserError
 LENGTH, BATCH = 256, 8
 """Tokens of a block, blocks of a step: a step is 2,048 tokens, as ours is."""
 
-SHAPE = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 704}
+SHAPE: dict[str, Any] = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 704}
 """What a competent user trains for ten minutes on two cores. 704: Llama's 8/3 of the width, up to a multiple of 64."""
 
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     # run_clm keeps the Trainer's 5e-5, which is for fine-tuning; from scratch at this size 1e-3 is usual (it is
     # AdamW's own default in PyTorch, and what nanoGPT takes for its small models).
     "learning_rate": 1e-3,

@@ -150,27 +150,22 @@ def measure_transformers(options: argparse.Namespace, documents: Path) -> dict[s
 
 
 def measure_litgpt(options: argparse.Namespace, documents: Path) -> dict[str, Any]:
-    """`litgpt pretrain` on the same Llama for --peer-minutes, compiled or not, whichever is faster here.
-
-    When it cannot run here, no runs and the reason under "skipped".
-    """
+    """`litgpt pretrain` on the same Llama for --peer-minutes, compiled or not, whichever is faster here."""
     folder = machine.checkout(options.litgpt, "litgpt", "litgpt/pretrain.py")
     tokenizer, threads = _tokenizer(options), options.threads
     work, extra = options.work / "litgpt", options.extra
-    about = {
-        "commit": machine.commit(folder),
-        "patched": "nothing",
-        "tuning": "its tinystories.yaml with this shape, learning rate 1e-3, cosine over steps that fit, 5 % warm-up",
-    }
-    skipped = peer_litgpt.prepare(folder, work, extra, documents, threads)
-    if skipped:
-        return {**about, "skipped": skipped, "runs": []}
+    peer_litgpt.prepare(work, documents)
     measured = _measure_for_minutes(
         options,
         lambda compiled, steps: peer_litgpt.train(folder, work, extra, tokenizer, threads, compiled, steps),
         lambda trained: peer_litgpt.score(folder, work, extra, tokenizer, documents, threads, trained),
     )
-    return {**about, **measured}
+    return {
+        "commit": machine.commit(folder),
+        "patched": "nothing",
+        "tuning": "its tinystories.yaml with this shape, learning rate 1e-3, cosine over steps that fit, 5 % warm-up",
+        **measured,
+    }
 
 
 def _measure_for_minutes(
@@ -179,6 +174,8 @@ def _measure_for_minutes(
     score: Callable[[dict[str, Any]], dict[str, float]],
 ) -> dict[str, Any]:
     """Probe the speed without and with torch.compile, train the faster way for --peer-minutes, score.
+
+    When neither way trains here, no runs and the reason under "skipped".
 
     Args:
         options: of the command line.
@@ -190,11 +187,12 @@ def _measure_for_minutes(
     failed: list[str] = []
     for compiled in (False,) if options.quick else (False, True):
         try:
-            probes.append(train(compiled, 6 if options.quick else 14))
+            probes.append(train(compiled, 4 if options.quick else 14))
         except RuntimeError as error:
-            if not compiled:
-                raise
-            failed.append(f"with torch.compile: {error}")
+            failed.append(f"{'with' if compiled else 'without'} torch.compile: {error}")
+    if not probes:
+        reason = f"it cannot train here with torch {torch.__version__}: {failed[0]}"
+        return {"failed": failed, "skipped": reason, "runs": []}
     best = max(probes, key=lambda probe: probe["tokens_per_second"])
     result = best if options.quick else train(best["compiled"], max(3, round(budget / best["seconds_per_step"])))
     if not options.quick and abs(result["training_seconds"] / budget - 1) > 0.03:
