@@ -264,7 +264,13 @@ def _score_here(task: dict[str, Any]) -> dict[str, float]:
 
     texts = peer_nanochat.read_texts(Path(task["documents"]) / "validation.parquet")
     documents = _tokens(transformers.AutoTokenizer.from_pretrained(task["tokenizer"]), texts)
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(task["out"], dtype=torch.float32).eval()
+    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        task["out"], dtype=torch.float32, output_loading_info=True
+    )
+    model, found = loaded
+    if found["missing_keys"] or found["unexpected_keys"]:
+        raise RuntimeError(f"the saved model lacks weights, which would be random: {found}")
+    model.eval()
     num_bytes = sum(len(text.encode()) for text in texts)
     return both_windows(lambda ids: model(input_ids=ids).logits, documents, num_bytes, LENGTH - 1)
 
