@@ -1,6 +1,7 @@
-"""Time to quality: how long we train to reach the bits per byte that nanoGPT and nanochat end with.
+"""Time to quality: how long we train to reach the bits per byte that peers end with.
 
     python benchmarks/time_to_quality.py --run runs/shakespeare --nanogpt DIR --nanochat DIR
+    python benchmarks/time_to_quality.py --run runs/shakespeare --transformers --litgpt DIR --extra DIR
 
 Same documents, same held-out works, same machine, same threads. Peers train with their own unmodified scripts; their
 evaluations, compilation and start-up are not counted as training time. Each peer's end value is the better of two
@@ -21,13 +22,18 @@ import pyarrow.parquet
 import torch
 
 import machine
+import peer_litgpt
 import peer_nanochat
 import peer_nanogpt
+import peer_transformers
 from lalia.errors import UserError
 from lalia.files import fingerprint, read_json, sha256_file, write_json
 
-TARGETS = {"nanogpt": 1 / 6, "nanochat": 0.75}
-"""Our training seconds to a peer's end value, as a share of the peer's training seconds: at most this."""
+TARGETS = {"nanogpt": 1 / 6, "nanochat": 0.75, "transformers": 0.6, "litgpt": 0.6}
+"""Our training seconds to a peer's end value, as a share of the peer's training seconds: at most this.
+
+0.6 for every peer that trains for --peer-minutes; nanochat's is for its own, shorter budget.
+"""
 
 EVERYTHING = 10**9
 """As pretrain.evaluation_bytes: every evaluation reads all of the held-out text."""
@@ -126,6 +132,96 @@ def measure_nanochat(options: argparse.Namespace, documents: Path) -> dict[str, 
     }
 
 
+def measure_transformers(options: argparse.Namespace, documents: Path) -> dict[str, Any]:
+    """The transformers Trainer on a small Llama for --peer-minutes, compiled or not, whichever is faster here."""
+    tokenizer, threads = _tokenizer(options), options.threads
+    shared = (options.work / "transformers", options.extra, tokenizer, documents, threads)
+    measured = _measure_for_minutes(
+        options,
+        lambda compiled, steps: peer_transformers.train(*shared, compiled, steps),
+        lambda trained: peer_transformers.score(*shared, trained),
+    )
+    return {
+        "version": machine.describe(threads)["transformers"],
+        "patched": "nothing; a callback reads the clock after each step",
+        "tuning": "learning rate 1e-3, cosine over the steps that fit the time, 5 % warm-up; else its defaults",
+        **measured,
+    }
+
+
+def measure_litgpt(options: argparse.Namespace, documents: Path) -> dict[str, Any]:
+    """`litgpt pretrain` on the same Llama for --peer-minutes, compiled or not, whichever is faster here."""
+    folder = machine.checkout(options.litgpt, "litgpt", "litgpt/pretrain.py")
+    tokenizer, threads = _tokenizer(options), options.threads
+    work, extra = options.work / "litgpt", options.extra
+    peer_litgpt.prepare(work, documents)
+    measured = _measure_for_minutes(
+        options,
+        lambda compiled, steps: peer_litgpt.train(folder, work, extra, tokenizer, threads, compiled, steps),
+        lambda trained: peer_litgpt.score(folder, work, extra, tokenizer, documents, threads, trained),
+    )
+    return {
+        "commit": machine.commit(folder),
+        "patched": "nothing",
+        "tuning": "its tinystories.yaml with this shape, learning rate 1e-3, cosine over steps that fit, 5 % warm-up",
+        **measured,
+    }
+
+
+def _measure_for_minutes(
+    options: argparse.Namespace,
+    train: Callable[[bool, int], dict[str, Any]],
+    score: Callable[[dict[str, Any]], dict[str, float]],
+) -> dict[str, Any]:
+    """Probe the speed without and with torch.compile, train the faster way for --peer-minutes, score.
+
+    When neither way trains here, no runs and the reason under "skipped".
+
+    Args:
+        options: of the command line.
+        train: (compiled, steps) -> result.
+        score: result of `train` -> bits per byte of the last model.
+    """
+    budget = options.peer_minutes * 60
+    probes: list[dict[str, Any]] = []
+    failed: list[str] = []
+    for compiled in (False,) if options.quick else (False, True):
+        try:
+            probes.append(train(compiled, 4 if options.quick else 14))
+        except RuntimeError as error:
+            failed.append(f"{'with' if compiled else 'without'} torch.compile: {error}")
+    if not probes:
+        reason = f"it cannot train here with torch {torch.__version__}: {failed[0]}"
+        return {"failed": failed, "skipped": reason, "runs": []}
+    best = max(probes, key=lambda probe: probe["tokens_per_second"])
+    result = best if options.quick else train(best["compiled"], max(3, round(budget / best["seconds_per_step"])))
+    if not options.quick and abs(result["training_seconds"] / budget - 1) > 0.03:
+        print(f"note: trained {result['training_seconds']:.0f} s instead of {budget:.0f} s (the speed changed)")
+    scores = score(result)
+    how = "with torch.compile" if best["compiled"] else "without torch.compile"
+    end = min(scores["bits_per_byte"], scores["bits_per_byte_sliding"])
+    return {
+        "failed": failed,
+        "probes": [
+            {key: probe[key] for key in ("compiled", "tokens_per_second", "compile_and_first_steps_seconds")}
+            for probe in probes
+        ],
+        "runs": [{**result, "name": f"width 256, 4 layers, {how}", **scores, "end_bits_per_byte": end}],
+    }
+
+
+def _tokenizer(options: argparse.Namespace) -> Path:
+    """Our run's tokenizer, which the peers without one of their own get.
+
+    Raises:
+        UserError: if the run has none.
+    """
+    folder = options.run / "tokens" / "tokenizer"
+    if not (folder / "tokenizer.json").is_file():
+        raise UserError(f"{folder}: no tokenizer.json there; make it with: lalia tokenize --run {options.run}")
+    return folder
+
+
 def read_ours(paths: Sequence[Path]) -> list[dict[str, Any]]:
     """The evaluations over all of the held-out text in our metrics.jsonl files: one curve per file.
 
@@ -168,8 +264,10 @@ def time_to(curve: Sequence[dict[str, float]], bits_per_byte: float) -> float | 
     return None
 
 
-def compare(peers: dict[str, dict[str, Any]], ours: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each run of each peer, our earliest time to its end value and the ratio to its training time."""
+def compare(
+    peers: dict[str, dict[str, Any]], ours: Sequence[dict[str, Any]], targets: dict[str, float]
+) -> list[dict[str, Any]]:
+    """For each run of each peer, our earliest time to its end value, the ratio to its training time, its target."""
     rows: list[dict[str, Any]] = []
     for peer, measured in peers.items():
         for run in measured["runs"]:
@@ -184,8 +282,8 @@ def compare(peers: dict[str, dict[str, Any]], ours: Sequence[dict[str, Any]]) ->
                     "peer_training_seconds": run["training_seconds"],
                     "our_seconds_to_that": seconds,
                     "ratio_ours_to_peer": ratio,
-                    "target_ratio": TARGETS[peer],
-                    "met": ratio is not None and ratio <= TARGETS[peer],
+                    "target_ratio": targets[peer],
+                    "met": ratio is not None and ratio <= targets[peer],
                     "our_metrics": source,
                 }
             )
@@ -202,7 +300,9 @@ def measured_once(
     kept = options.work / f"{name}.json"
     inputs = {
         "documents": [sha256_file(documents / f"{split}.parquet") for split in ("train", "validation")],
-        "commit": machine.commit(getattr(options, name)),
+        "commit": machine.describe(options.threads)["transformers"]
+        if name == "transformers"
+        else machine.commit(getattr(options, name)),
         "threads": options.threads,
         "quick": options.quick,
         "torch": torch.__version__,
@@ -210,6 +310,9 @@ def measured_once(
         if name == "nanochat"
         else None,
     }
+    if name in ("transformers", "litgpt"):
+        inputs["tokenizer"] = sha256_file(_tokenizer(options) / "tokenizer.json")
+        inputs["minutes"] = options.peer_minutes
     if options.reuse and kept.is_file() and (old := read_json(kept))["inputs"] == fingerprint(inputs):
         print(f"{name}: reusing the measurement of {old['machine']['date']}")
         return {**old, "reused": True}
@@ -219,7 +322,10 @@ def measured_once(
         "machine": machine.describe(options.threads),
         **measure(options, documents),
     }
-    write_json(kept, result)
+    if "skipped" in result:
+        print(f"{name}: skipped: {result['skipped']}")
+    else:
+        write_json(kept, result)
     return result
 
 
@@ -229,11 +335,17 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True, help="our run folder (documents/, base/metrics.jsonl)")
     parser.add_argument("--nanogpt", type=Path, help="checkout of nanoGPT; left out: not compared")
     parser.add_argument("--nanochat", type=Path, help="checkout of nanochat; left out: not compared")
+    parser.add_argument("--transformers", action="store_true", help="compare with the installed transformers' Trainer")
+    parser.add_argument("--litgpt", type=Path, help="checkout of litgpt; left out: not compared")
+    parser.add_argument("--extra", type=Path, help="folder with what those two need: accelerate, lightning, litdata")
+    parser.add_argument("--peer-minutes", type=float, default=10.0, help="training time of those two")
     parser.add_argument(
         "--metrics", type=Path, nargs="*", help="our metrics.jsonl files (default RUN/base/metrics.jsonl)"
     )
     parser.add_argument("--pretrain-budget", help="first run: lalia pretrain RUN pretrain.budget=VALUE")
-    parser.add_argument("--nanochat-minutes", type=float, default=6.0)
+    parser.add_argument(
+        "--nanochat-minutes", type=float, default=6.0, help="its target is 0.6 at --peer-minutes or more"
+    )
     parser.add_argument(
         "--nanochat-batch", type=int, nargs="*", help="tokens per step (default: its rule); several: all"
     )
@@ -264,6 +376,10 @@ def main() -> None:
         peers["nanogpt"] = measured_once("nanogpt", options, documents, measure_nanogpt)
     if options.nanochat:
         peers["nanochat"] = measured_once("nanochat", options, documents, measure_nanochat)
+    if options.transformers:
+        peers["transformers"] = measured_once("transformers", options, documents, measure_transformers)
+    if options.litgpt:
+        peers["litgpt"] = measured_once("litgpt", options, documents, measure_litgpt)
     for name, peer in peers.items():
         rows = [
             (r["name"], r["end_bits_per_byte"], r["training_seconds"], r["tokens_per_second"]) for r in peer["runs"]
@@ -276,7 +392,8 @@ def main() -> None:
         ours = read_ours(metrics)
     except UserError as error:
         print(f"\nours: {error}")
-    rows = compare(peers, ours)
+    targets = TARGETS | ({"nanochat": 0.6} if options.nanochat_minutes >= options.peer_minutes else {})
+    rows = compare(peers, ours, targets)
     columns = ("peer", "run", "its bits/byte", "its s", "our s", "ours/its", "target", "met")
     print("\n" + machine.table(columns, [tuple(row.values())[:8] for row in rows]))
     result = {
