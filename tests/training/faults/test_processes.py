@@ -208,6 +208,7 @@ def test_two_machines_train_as_one(prepared: Path, undisturbed: str, tmp_path: P
     processes = []
     for rank, machine in enumerate(machines):
         place = ["--nnodes", "2", "--node-rank", str(rank), "--local-addr", f"10.77.0.{rank + 1}"]
+        place += ["--rdzv-conf", f"is_host={1 - rank}"]  # torchrun would know it by the name of the machine
         verb = ["-m", "--", "lalia", "pretrain", "recipe.toml", "--run", "run"]
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1", *place, *meeting, *verb]
         processes.append(
