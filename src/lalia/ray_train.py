@@ -34,13 +34,14 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         import ray
         from ray.train import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchTrainer
+        from ray.train.torch import TorchConfig, TorchTrainer
     except ImportError as error:
         raise UserError(f'training on Ray needs {error.name}; install it with: pip install "lalia[cluster]"') from None
     ray.init(address=options.address, include_dashboard=False, log_to_driver=True)
     resources = {"CPU": options.cpus, **({"GPU": 1} if options.gpu else {})}
     trainer = TorchTrainer(
         work,
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if options.gpu else "gloo"),
         train_loop_config={"verb": verb, "folder": os.getcwd()},
         scaling_config=ScalingConfig(num_workers=options.workers, use_gpu=options.gpu, resources_per_worker=resources),
         run_config=RunConfig(

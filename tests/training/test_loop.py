@@ -208,3 +208,8 @@ def test_weights_that_are_no_numbers_are_replaced_by_the_last_good_ones(tmp_path
     happened = trainer.train()
     assert happened["rewinds"] == 1
     assert all(torch.isfinite(value).all() for value in weights(trainer).values())
+
+
+def test_a_short_run_of_bad_steps_only_does_not_count_as_trained(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="lower the learning rates"):
+        make_trainer(tmp_path, 5, batches=Poisoned(range(99)), objective=poisonable).train()

@@ -179,7 +179,8 @@ def _train(
         out,
         identity,
         progress,
-        LoopConfig(checkpoint_seconds=config.checkpoint_seconds),
+        # Once most texts are learnt, those that are not would look like spikes.
+        LoopConfig(checkpoint_seconds=config.checkpoint_seconds, spike_deviations=0.0),
         evaluate=evaluate,
         evaluation_steps=evenly_spaced(steps, 2),
         unit="example",

@@ -9,7 +9,7 @@ from typing import Any
 from lalia.data.documents import Document, read_documents
 from lalia.data.loader import Batch, PackedBatches, PackedConversations
 from lalia.data.shards import TokenShards
-from lalia.devices import peak_memory_bytes, use_threads
+from lalia.devices import make_deterministic, peak_memory_bytes, use_threads
 from lalia.errors import UserError
 from lalia.formats.hf_folder import load_model
 from lalia.posttraining.config import FinetuneConfig
@@ -65,8 +65,11 @@ def finetune(
     """
     values = {name: entry["value"] for name, entry in plan["values"].items()}
     pretraining = as_planned(pretraining, values)
-    if config.micro_batch_size is None:
-        config = config.model_copy(update={"micro_batch_size": pretraining.micro_batch_size})
+    if config.micro_batch_size is None and config.activation_checkpointing == "none":
+        memory = ("micro_batch_size", "activation_checkpointing")
+        config = config.model_copy(update={name: getattr(pretraining, name) for name in memory})
+    if pretraining.deterministic:
+        make_deterministic()
     world = start(pretraining.parallel, pretraining.timeout_seconds)
     if world.size == 1:
         use_threads(values["threads"])

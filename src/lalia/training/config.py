@@ -150,7 +150,7 @@ class LoopConfig(Settings):
     keep_checkpoints: int = Field(default=2, ge=1)
     """Newest checkpoints that are kept."""
     milestones: int = Field(default=0, ge=0)
-    """Checkpoints along the run, evenly spaced, that are kept besides."""
+    """Checkpoints along the run, evenly spaced, that are kept besides until the stage is finished."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """What of a layer is computed again in backward instead of being kept: nothing, what is cheap, or all."""
     compile: bool = False

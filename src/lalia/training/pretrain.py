@@ -9,7 +9,7 @@ import torch
 from lalia.data.loader import Batch, PackedBatches
 from lalia.data.shards import TokenShards
 from lalia.devices import make_deterministic, num_processes, peak_memory_bytes, use_threads
-from lalia.errors import UserError
+from lalia.errors import CorruptFile, UserError
 from lalia.files import read_json
 from lalia.formats.hf_folder import save_model
 from lalia.model.config import ModelConfig
@@ -168,7 +168,13 @@ def save_checkpoint_as_model(checkpoint: Path, out: Path) -> Path:
         )
     config = ModelConfig.parse(read_json(run / "plan" / "plan.json")["model"], "plan.json")
     tokenizer = Tokenizer.load(run / "tokens" / "tokenizer")
-    model = with_weights(config, read_model(checkpoint))
+    try:  # the weights that the run would end with
+        weights = read_model(checkpoint, "average.")
+    except CorruptFile:
+        raise
+    except UserError:  # it keeps no average
+        weights = read_model(checkpoint)
+    model = with_weights(config, weights)
     write_model(model, tokenizer, out, chat=checkpoint.resolve().parent.name.startswith(".chat"))
     return out
 

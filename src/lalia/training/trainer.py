@@ -99,7 +99,13 @@ class Trainer:
         milestones = {round(num_steps * (i + 1) / (self.loop.milestones + 1)) for i in range(self.loop.milestones)}
         self.milestones = frozenset(milestones) - {0, num_steps}
         self.checkpoints = Checkpoints(
-            folder, run_fingerprint, self.world, progress, self.loop.keep_checkpoints, self.milestones
+            folder,
+            run_fingerprint,
+            self.world,
+            progress,
+            self.loop.keep_checkpoints,
+            self.milestones,
+            self.world.timeout_seconds,
         )
         self.heartbeat = Heartbeat(self.world)
         self.meters = meters or Meters(model.config.flops_per_token, self.world.device, self.world.size)
@@ -181,7 +187,8 @@ class Trainer:
                 self.step += 1
                 if self.step % self._log_every == 0 or self.step == self.num_steps:
                     self._log()
-                if self.step % self.loop.max_skipped == 0 and int(self.guard.counts[2]) >= self.loop.max_skipped:
+                look = self.step % self.loop.max_skipped == 0 or self.step == self.num_steps
+                if look and int(self.guard.counts[2]) >= min(self.loop.max_skipped, self.num_steps):
                     self._go_back()
                     return
                 due = time.perf_counter() - saved_at > self.loop.checkpoint_seconds

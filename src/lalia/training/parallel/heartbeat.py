@@ -58,7 +58,13 @@ class Heartbeat:
 
     def explain(self, error: Exception) -> UserError:
         """What to tell the user when a collective operation failed or took too long."""
-        places = self.places()
+        try:
+            places = self.places()
+        except RuntimeError:
+            return UserError(
+                f"process {self.world.rank} waited in vain for the others, and the place where they met is gone: look "
+                f"at the first machine. The cause as it was reported: {str(error).splitlines()[0][:300]}"
+            )
         first = places[0]
         listed = "; ".join(f"process {p.rank} was at step {p.step}, {p.place}, {p.seconds:.0f} s ago" for p in places)
         return UserError(

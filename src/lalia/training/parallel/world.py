@@ -25,6 +25,7 @@ class World:
         mesh: over `AXES`; None where the process is alone.
         weights: over ("replicate", "shard", "tensor"), how weights are laid out: ranks that take parts of the same rows
             hold different tokens as well, so weights are divided among shard x context of them.
+        timeout_seconds: how long a process waits for the others.
         experts: over ("copies", "expert"), how the weights of experts are laid out: those along "expert" hold different
             experts, those along "copies" the same ones, whose gradients are summed; None if experts are not divided.
     """
@@ -36,6 +37,7 @@ class World:
     mesh: DeviceMesh | None = None
     weights: DeviceMesh | None = None
     experts: DeviceMesh | None = None
+    timeout_seconds: float = 600.0
 
     @classmethod
     def alone(cls, device: torch.device | str = "cpu") -> "World":
@@ -116,7 +118,7 @@ def start(config: ParallelConfig, timeout_seconds: float = 600.0) -> World:
         # Of every rank of a group of experts the others have other rows, but the same part of them.
         ranks = torch.arange(size).view(-1, layout.expert, context).transpose(1, 2).reshape(-1, layout.expert)
         experts = DeviceMesh(device.type, ranks, mesh_dim_names=("copies", "expert"))
-    return World(layout, device, dist.get_rank(), size, mesh, weights, experts)
+    return World(layout, device, dist.get_rank(), size, mesh, weights, experts, timeout_seconds)
 
 
 def _join(backend: str, timeout: timedelta) -> None:
