@@ -22,8 +22,9 @@ from lalia.planning.speed import measure_step
 from lalia.progress import Progress
 from lalia.tokenizer.bpe import Tokenizer
 from lalia.training.config import LoopConfig, OptimizerConfig
+from lalia.training.hardware import DTYPES
 from lalia.training.objectives import next_token
-from lalia.training.pretrain import DTYPES, Evaluation
+from lalia.training.pretrain import Evaluation
 from lalia.training.trainer import Trainer, initialize
 from machine import describe, write_result
 

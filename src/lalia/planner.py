@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lalia.devices import memory_bytes, use_threads
+from lalia.devices import memory_bytes, num_processes, use_threads
 from lalia.errors import UserError
 from lalia.files import read_json
 from lalia.model.config import ModelConfig
@@ -105,8 +105,7 @@ class _Planner:
         self.sheet = require_datasheet(recipe.plan.device) if recipe.plan.device else None
         self.here = "cuda" if self.sheet is None and torch.cuda.is_available() else "cpu"
         self.accelerator = self.sheet is not None or self.here != "cpu"
-        started = int(os.environ.get("WORLD_SIZE", "1"))
-        self.devices = recipe.plan.devices or started
+        self.devices = recipe.plan.devices or num_processes()
         self.device_bytes = self._device_bytes(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         self.asked_layout = None if self.config.parallel == ParallelConfig() else self.config.parallel
         self.values: dict[str, dict[str, Any]] = {}

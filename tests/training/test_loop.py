@@ -34,6 +34,15 @@ class Poisoned(RandomBatches):
         return replace(batch, positions=batch.positions + mark)
 
 
+LOOKING_BACK: dict[str, Any] = {
+    "max_skipped": 4,
+    "checkpoint_seconds": 1e6,
+    "evaluation_steps": frozenset({8}),
+    "evaluate": lambda step: {},
+}
+"""Four bad steps send the run back; the one checkpoint is that before the evaluation at step 8."""
+
+
 def poisonable(model: Transformer, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, Metrics]:
     loss, weight, metrics = next_token(model, batch)
     return loss * (float("nan") if batch.positions[0, 0] < 0 else 1.0), weight, metrics
@@ -47,10 +56,7 @@ def test_a_bad_stretch_is_passed_over(tmp_path: Path) -> None:
         24,
         batches=Poisoned(range(10, 17)),
         objective=poisonable,
-        max_skipped=4,
-        checkpoint_seconds=1e6,
-        evaluation_steps=frozenset({8}),
-        evaluate=lambda step: {},
+        **LOOKING_BACK,
     )
     happened = trainer.train()
     assert happened["rewinds"] == 1
@@ -67,11 +73,9 @@ def test_going_back_is_repeated_exactly_after_a_kill(tmp_path: Path) -> None:
         folder = tmp_path / name
         folder.mkdir()
         settings: dict[str, Any] = {
+            **LOOKING_BACK,
             "objective": poisonable,
-            "max_skipped": 4,
-            "checkpoint_seconds": 1e6,
             "evaluation_steps": frozenset({8, 18}),
-            "evaluate": lambda step: {},
         }
         if dies_at < 99:
             with pytest.raises(KeyError):
@@ -89,11 +93,8 @@ def test_a_run_that_stays_bad_stops_with_advice(tmp_path: Path) -> None:
             60,
             batches=Poisoned(range(10, 99)),
             objective=poisonable,
-            max_skipped=4,
             max_rewinds=2,
-            evaluation_steps=frozenset({8}),
-            evaluate=lambda step: {},
-            checkpoint_seconds=1e6,
+            **LOOKING_BACK,
         ).train()
 
 
@@ -200,10 +201,7 @@ def test_weights_that_are_no_numbers_are_replaced_by_the_last_good_ones(tmp_path
         tmp_path,
         24,
         batches=Corrupting(),
-        max_skipped=4,
-        checkpoint_seconds=1e6,
-        evaluation_steps=frozenset({8}),
-        evaluate=lambda step: {},
+        **LOOKING_BACK,
     )
     happened = trainer.train()
     assert happened["rewinds"] == 1

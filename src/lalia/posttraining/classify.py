@@ -32,7 +32,7 @@ from lalia.tokenizer.tokenizer import Tokenizer
 from lalia.tokenizer.wordpiece import train_wordpiece
 from lalia.training.config import LoopConfig, OptimizerConfig
 from lalia.training.objectives import Metrics
-from lalia.training.pretrain import evenly_spaced
+from lalia.training.schedule import evenly_spaced
 from lalia.training.trainer import Trainer, initialize
 
 RESULTS = "classification.json"

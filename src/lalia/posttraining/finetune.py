@@ -25,9 +25,11 @@ from lalia.progress import Progress
 from lalia.tokenizer.bpe import Tokenizer
 from lalia.tokenizer.chat import render_with_mask
 from lalia.training.config import TrainingConfig, parse_time
+from lalia.training.hardware import DTYPES
 from lalia.training.objectives import next_token
 from lalia.training.parallel.world import start
-from lalia.training.pretrain import DTYPES, Evaluation, as_planned, evenly_spaced, save_trained
+from lalia.training.pretrain import Evaluation, as_planned, save_trained
+from lalia.training.schedule import evenly_spaced
 from lalia.training.trainer import Trainer
 
 

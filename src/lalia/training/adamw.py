@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from lalia.errors import UserError
-from lalia.training.optimizer_base import Optimizer, local
+from lalia.training.optimizer_base import Optimizer
+from lalia.training.parallel.state import local
 
 EPS = 1e-10
 """Rates are large for weights whose gradients are small: those of rare tokens."""

@@ -30,18 +30,15 @@ class WeightAverage:
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
         """The model with the averaged weights inside the block."""
-        self._exchange()
+        self.exchange()
         try:
             yield
         finally:
-            self._exchange()
-
-    def apply(self) -> None:
-        """Give the model the averaged weights for good."""
-        self._exchange()
+            self.exchange()
 
     @torch.no_grad()
-    def _exchange(self) -> None:
+    def exchange(self) -> None:
+        """The model takes the averaged weights, and the average those of the model."""
         for name, average in self.averages.items():
             held = average.clone()
             average.copy_(self.parameters[name])

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from lalia.training.optimizer_base import Optimizer, local
+from lalia.training.optimizer_base import Optimizer
+from lalia.training.parallel.state import local
 
 if TYPE_CHECKING:  # the import takes half a second, which a process that is alone does not need to spend
     from torch.distributed.device_mesh import DeviceMesh

@@ -21,8 +21,3 @@ class Optimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         # The plain method: its wrapper imports the compiler, which takes about 2 s of every run's start.
         torch.optim.Optimizer.add_param_group.__wrapped__(self, param_group)  # pyright: ignore[reportFunctionMemberAccess]
-
-
-def local(tensor: Tensor) -> Tensor:
-    """The part of a DTensor that this process holds, in the same memory; all of an ordinary tensor."""
-    return tensor.to_local() if hasattr(tensor, "placements") else tensor  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,6 +1,5 @@
 """Which optimizer each weight gets: Muon for the matrices of the layers, AdamW for embedding, head and norms."""
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +10,7 @@ from lalia.training.adamw import AdamW, AdamW8bit
 from lalia.training.config import OptimizerConfig
 from lalia.training.muon import Muon
 from lalia.training.optimizer_base import Optimizer
+from lalia.training.parallel.state import stacked_heights
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -126,16 +126,10 @@ def iteration_dtype(model: Transformer) -> torch.dtype:
 
 def matrix_heights(model: Transformer) -> list[tuple[nn.Parameter, tuple[int, ...]]]:
     """The matrices inside the layers, with the heights of those that are stored stacked."""
-    config = model.config
-    stacked: Mapping[str, tuple[int, ...]] = {
-        "attention.qkv.weight": (config.query_size, config.key_value_size, config.key_value_size),
-        "feed_forward.up.weight": (config.intermediate_size,) * (2 if config.gated else 1),
-        "feed_forward.up": (config.expert_size or config.intermediate_size,) * (2 if config.gated else 1),
-    }
     result = []
     for layer in model.layers:
         for name, parameter in layer.named_parameters():
             if parameter.ndim >= 2:
-                heights = stacked.get(name, (parameter.shape[-2],))
+                heights = stacked_heights(model.config, name) or (parameter.shape[-2],)
                 result.append((parameter, heights * (parameter.shape[0] if parameter.ndim == 3 else 1)))
     return result

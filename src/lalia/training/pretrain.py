@@ -19,17 +19,16 @@ from lalia.tokenizer.bpe import Tokenizer
 from lalia.training.bits_per_byte import bits_per_byte
 from lalia.training.checkpoints import read_model
 from lalia.training.config import OptimizerConfig, TrainingConfig
+from lalia.training.hardware import DTYPES
 from lalia.training.meters import meters_of
 from lalia.training.objectives import next_token
 from lalia.training.parallel.layout import ParallelConfig
 from lalia.training.parallel.state import full_state
 from lalia.training.parallel.world import World, start
 from lalia.training.sample import sample_text
-from lalia.training.schedule import BatchSchedule
+from lalia.training.schedule import BatchSchedule, evenly_spaced
 from lalia.training.tensorboard import TensorBoard
 from lalia.training.trainer import Trainer, initialize
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def pretrain(
@@ -112,11 +111,6 @@ class ScheduledBatches:
 
     def batch(self, step: int) -> Batch:
         return self.packed.rows(*self.schedule.rows(step)).cut(self.schedule.cuts(step))
-
-
-def evenly_spaced(steps: int, count: int) -> frozenset[int]:
-    """`count` steps before the end at which to evaluate, after equal shares of the run."""
-    return frozenset(round(steps * (i + 1) / (count + 1)) for i in range(count)) - {0, steps}
 
 
 def save_trained(model: Transformer, tokenizer: Tokenizer, out: Path, world: World, chat: bool) -> None:

@@ -118,3 +118,8 @@ class BatchSchedule:
         """Rows of the whole run."""
         first, size = self.rows(self.num_steps - 1)
         return first + size
+
+
+def evenly_spaced(steps: int, count: int) -> frozenset[int]:
+    """`count` steps strictly inside a run, after equal shares of it."""
+    return frozenset(round(steps * (i + 1) / (count + 1)) for i in range(count)) - {0, steps}

@@ -31,7 +31,7 @@ from lalia.training.parallel.heartbeat import Heartbeat, is_communication_failur
 from lalia.training.parallel.state import local, pieces, saved_state
 from lalia.training.parallel.world import World
 from lalia.training.prefetch import Prefetcher
-from lalia.training.schedule import learning_rate_scale
+from lalia.training.schedule import evenly_spaced, learning_rate_scale
 
 
 class Batches(Protocol):
@@ -96,8 +96,7 @@ class Trainer:
         self.optimizers = make_optimizers(model, optimizer, self.world.weights)
         self.average = WeightAverage(model, self.loop.average_decay) if self.loop.average_decay else None
         self.guard = StepGuard(self.loop.spike_deviations, self.world.device)
-        milestones = {round(num_steps * (i + 1) / (self.loop.milestones + 1)) for i in range(self.loop.milestones)}
-        self.milestones = frozenset(milestones) - {0, num_steps}
+        self.milestones = evenly_spaced(num_steps, self.loop.milestones)
         self.checkpoints = Checkpoints(
             folder,
             run_fingerprint,
@@ -156,7 +155,7 @@ class Trainer:
         with self.meters.phase("checkpoint"):
             self.checkpoints.wait()
         if self.average is not None:
-            self.average.apply()
+            self.average.exchange()
         self._evaluate()
 
     @property

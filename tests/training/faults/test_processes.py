@@ -117,12 +117,16 @@ def undisturbed(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> str
     return digest
 
 
+@pytest.fixture
+def folder(prepared: Path, tmp_path: Path) -> Path:
+    """A copy of what is prepared, for one test."""
+    return Path(shutil.copytree(prepared, tmp_path / "work"))
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_process_brings_all_back(prepared: Path, undisturbed: str, tmp_path: Path, rank: int) -> None:
-    folder = tmp_path / "work"
-    shutil.copytree(prepared, folder)
+def test_a_killed_process_brings_all_back(folder: Path, undisturbed: str, rank: int) -> None:
 
     def kill(launcher: int, metrics: Path) -> None:
         wait_for_step(metrics, 20)
@@ -138,9 +142,7 @@ def test_a_killed_process_brings_all_back(prepared: Path, undisturbed: str, tmp_
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-def test_a_process_that_hangs_is_named_and_replaced(prepared: Path, undisturbed: str, tmp_path: Path) -> None:
-    folder = tmp_path / "work"
-    shutil.copytree(prepared, folder)
+def test_a_process_that_hangs_is_named_and_replaced(folder: Path, undisturbed: str) -> None:
 
     def stop(launcher: int, metrics: Path) -> None:
         wait_for_step(metrics, 20)
@@ -154,9 +156,7 @@ def test_a_process_that_hangs_is_named_and_replaced(prepared: Path, undisturbed:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-def test_a_job_that_is_told_to_stop_saves_and_continues(prepared: Path, undisturbed: str, tmp_path: Path) -> None:
-    folder = tmp_path / "work"
-    shutil.copytree(prepared, folder)
+def test_a_job_that_is_told_to_stop_saves_and_continues(folder: Path, undisturbed: str) -> None:
 
     def terminate(launcher: int, metrics: Path) -> None:
         wait_for_step(metrics, 20)
@@ -201,9 +201,7 @@ def machines() -> Iterator[list[str]]:
 
 
 @pytest.mark.slow
-def test_two_machines_train_as_one(prepared: Path, undisturbed: str, tmp_path: Path, machines: list[str]) -> None:
-    folder = tmp_path / "work"
-    shutil.copytree(prepared, folder)
+def test_two_machines_train_as_one(folder: Path, undisturbed: str, machines: list[str]) -> None:
     meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "10.77.0.1:29511", "--rdzv-id", "machines"]
     processes = []
     for rank, machine in enumerate(machines):
@@ -232,10 +230,8 @@ def test_two_machines_train_as_one(prepared: Path, undisturbed: str, tmp_path: P
 
 
 @pytest.mark.slow
-def test_other_numbers_give_other_bytes(prepared: Path, undisturbed: str, tmp_path: Path) -> None:
+def test_other_numbers_give_other_bytes(folder: Path, undisturbed: str) -> None:
     """Negative control: a step less is noticed in the bytes."""
-    folder = tmp_path / "work"
-    shutil.copytree(prepared, folder)
     (folder / "recipe.toml").write_text(RECIPE.replace(f"steps = {STEPS}", f"steps = {STEPS - 1}"), encoding="utf-8")
     status, errors, digest = train(folder)
     assert status == 0, errors

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from lalia.training import muon
 from lalia.training.muon import Muon, orthogonalize
-from lalia.training.optimizer_base import local
+from lalia.training.parallel.state import local
 from lalia.training.parallel.world import ParallelConfig, start
 from tests.training.parallel.ranks import run
 

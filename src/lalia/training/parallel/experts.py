@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from lalia.errors import UserError
 from lalia.model.experts import MixtureOfExperts, inverse
 from lalia.model.transformer import Transformer
+from lalia.training.parallel.state import local
 from lalia.training.parallel.world import World
 
 
@@ -70,14 +71,9 @@ def exchange(module: MixtureOfExperts, rows: Tensor, counts: Tensor, group: dist
     # They come rank by rank, and of each rank expert by expert.
     experts = torch.arange(theirs.shape[1], device=rows.device).repeat(ranks)
     order = experts.repeat_interleave(theirs.view(-1), output_size=sum(received)).argsort(stable=True)
-    up, down = _local(module.up), _local(module.down)
+    up, down = local(module.up), local(module.down)
     computed = module.compute(arrived.index_select(0, order), theirs.sum(0), up, down)
     return _AllToAll.apply(computed.index_select(0, inverse(order)), sent, received, group)
-
-
-def _local(weight: Tensor) -> Tensor:
-    assert isinstance(weight, DTensor)
-    return weight.to_local()
 
 
 class _AllToAll(torch.autograd.Function):

@@ -86,11 +86,6 @@ class World:
         dist.all_reduce(values, dist.ReduceOp.MAX)
         return [bool(value) for value in values]
 
-    def barrier(self) -> None:
-        """Wait until every process is here."""
-        if self.mesh is not None:
-            dist.barrier()
-
 
 def start(config: ParallelConfig, timeout_seconds: float = 600.0) -> World:
     """Join the processes that torchrun (or whoever sets its environment variables) started; alone without it.
