@@ -32,6 +32,19 @@ def test_singular_values_end_near_one_and_vectors_stay(shape: tuple[int, int, in
     assert cosine > 0.99
 
 
+@pytest.mark.parametrize("rank", [1, 20, 256])
+def test_gradients_of_a_low_rank_lose_few_digits(rank: int) -> None:
+    """As accurate as float32 allows, 1 + c X^T X having a condition of 6e3."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(2, 256, rank, dtype=torch.float64, generator=generator) for _ in range(2))
+    matrices = left @ right.mT
+    exact = orthogonalize(matrices, torch.float64)
+    assert (orthogonalize(matrices, torch.float32) - exact).norm() < 2e-3 * exact.norm()
+    singular = torch.linalg.svdvals(exact)
+    assert singular[:, :rank].max() < 1.01
+    assert singular[:, rank:].sum() < 1e-3
+
+
 def test_plain_momentum_is_not_orthogonal() -> None:
     """Negative control: without the iteration the singular values spread widely."""
     torch.manual_seed(0)
@@ -199,14 +212,14 @@ def test_the_best_rate_of_a_narrow_network_is_that_of_a_wide_one(
 ) -> None:
     best = {}
     for width in (32, 128):
-        losses = [_loss_of_network(kind, width, rate) for rate in rates]
+        losses = [sum(_loss_of_network(kind, width, rate, seed) for seed in range(4)) for rate in rates]
         best[width] = rates[losses.index(min(losses))]
     assert (best[32] == best[128]) == transfers, best
 
 
-def _loss_of_network(kind: str, width: int, rate: float, steps: int = 60) -> float:
+def _loss_of_network(kind: str, width: int, rate: float, seed: int, steps: int = 60) -> float:
     """Of a network of four matrices that learns sines of its inputs, at the end of linear decay."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     frequencies, mixture = torch.randn(16, 24, generator=generator) / 2, torch.randn(24, 8, generator=generator) / 5
     shapes = [(width, 16), (width, width), (width, width), (8, width)]
     weights = [torch.nn.Parameter(torch.randn(shape, generator=generator) / shape[1] ** 0.5) for shape in shapes]

@@ -57,9 +57,8 @@ def _newton_schulz(matrices: Tensor, dtype: torch.dtype, iterations: int) -> Ten
 def _halley(x: Tensor) -> Tensor:
     """Two steps of the dynamically weighted Halley iteration (Nakatsukasa, Bai, Gygi 2010), on X^T X alone.
 
-    A step is X (b/c + (a - b/c) (1 + c X^T X)^-1), so both together are X times a function of X^T X. Fewer products
-    than five Newton-Schulz steps, but the inverses do not get faster with threads, and where other work takes the cores
-    they are slower by far (docs/decisions/008); benchmarks/kernels.py measures both.
+    A step is X (b/c + (a - b/c) (1 + c X^T X)^-1), so both together are X times a function of X^T X: fewer products
+    than five Newton-Schulz steps make (docs/decisions/008; benchmarks/kernels.py measures both).
     X is divided by an upper bound of its largest singular value, the fourth root of the sum of their fourth powers.
     """
     gram = torch.bmm(x.transpose(1, 2), x)
@@ -92,8 +91,32 @@ def _halley_step(lower: float) -> tuple[float, float, float]:
 
 def _inverse_plus_identity(gram: Tensor, c: float) -> Tensor:
     """(1 + c gram)^-1"""
-    root, _ = torch.linalg.cholesky_ex(_add_identity(gram * c, 1.0))  # does not raise where gradients are not finite
-    return torch.cholesky_inverse(root)
+    factor = _inverse_of_cholesky_factor(_add_identity(gram * c, 1.0))
+    return torch.bmm(factor.mT, factor)
+
+
+def _inverse_of_cholesky_factor(x: Tensor) -> Tensor:
+    """L^-1 of x = L L^T, symmetric positive definite matrices (count, size, size), lower triangular.
+
+    By halves, so that nearly all of it is products, which use every thread. Halving x^-1 itself would save one more,
+    but loses all digits where the gradients have a low rank.
+    """
+    size = x.shape[-1]
+    if size <= LAPACK_SIZE:
+        root, _ = torch.linalg.cholesky_ex(x)  # does not raise where gradients are not finite
+        return torch.linalg.solve_triangular(root, torch.eye(size, dtype=x.dtype), upper=False)
+    half = size // 2
+    first = _inverse_of_cholesky_factor(x[:, :half, :half])
+    below = torch.bmm(x[:, half:, :half], first.mT)  # of L
+    second = _inverse_of_cholesky_factor(torch.baddbmm(x[:, half:, half:], below, below.mT, alpha=-1.0))
+    out = torch.zeros_like(x)
+    out[:, :half, :half], out[:, half:, half:] = first, second
+    out[:, half:, :half] = torch.bmm(second, torch.bmm(below, first)).neg_()
+    return out
+
+
+LAPACK_SIZE = 64
+"""Size up to which LAPACK is as fast as dividing further."""
 
 
 def _add_identity(x: Tensor, value: float) -> Tensor:
