@@ -9,8 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lalia.model.functions import save, saved, with_recipe
-
 NUM_BLOCKS = 4
 """Query blocks of the CPU form. Block i sees the keys up to its own end, so two blocks skip a quarter of the square
 and four 3/8; more blocks mean smaller matrix products. benchmarks/kernels.py measures the trade."""
@@ -199,11 +197,7 @@ def _repeated(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor
     repeats = query.shape[1] // key.shape[1]
     if repeats == 1:
         return key, value
-
-    def repeat(x: Tensor) -> Tensor:
-        return x.repeat_interleave(repeats, 1)
-
-    return with_recipe(repeat(key), repeat, key), with_recipe(repeat(value), repeat, value)
+    return key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
 
 
 def _attend_softcapped(
@@ -245,13 +239,13 @@ class _BlockedAttention(torch.autograd.Function):
             p = torch.softmax(scores, -1)  # (batch * heads, end - start, end - first)
             out[:, :, start:end] = torch.bmm(p, v[:, first:end]).view(batch, heads, end - start, head_dim)
             probabilities.append(p)
-        save(ctx, query, key, value, *probabilities)
+        ctx.save_for_backward(query, key, value, *probabilities)
         ctx.scale, ctx.shape, ctx.blocks = scale, query.shape, blocks
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        query, key, value, *probabilities = saved(ctx)
+        query, key, value, *probabilities = ctx.saved_tensors
         q, k, v = _flat(query, key, value, ctx.scale)
         grad = grad.reshape(q.shape)
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)

@@ -1,63 +1,15 @@
 """Elementwise parts of the transformer, each as one differentiable function with few passes over memory.
 
 On a CPU these parts are bound by memory traffic, and PyTorch's eager composites make many passes and keep every
-intermediate. Here each saves its inputs and recomputes the rest in backward; and what it gives carries a `Recipe`, so
-that the matrix product that reads it does not keep it either. tests/model/test_functions.py compares every one with the
-textbook expression under double precision.
+intermediate. Here each keeps what is dear to compute again and nothing else. tests/model/test_functions.py compares
+every one with the textbook expression under double precision.
 """
 
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-
-class Recipe:
-    """How to compute a tensor again: what backward keeps instead of one that is cheap to make and large.
-
-    Attributes:
-        inputs: tensors, which somebody keeps anyway, or the recipes of such as nobody does.
-    """
-
-    def __init__(self, function: Callable[..., Tensor], *inputs: Tensor) -> None:
-        self.function = function
-        self.inputs: list[Tensor | Recipe] = [recipe_of(t) or t for t in inputs]
-
-    def leaves(self) -> list[Tensor]:
-        """The tensors it starts from."""
-        return [leaf for t in self.inputs for leaf in (t.leaves() if isinstance(t, Recipe) else [t])]
-
-    def steps(self) -> Callable[[Iterator[Tensor]], Tensor]:
-        """The computation from the leaves in their order; it holds none of the tensors."""
-        function, inner = self.function, [t.steps() if isinstance(t, Recipe) else next for t in self.inputs]
-        return lambda leaves: function(*[step(leaves) for step in inner])
-
-
-def recipe_of(x: Tensor) -> Recipe | None:
-    """The recipe that the function which made `x` has left on it."""
-    return getattr(x, "_recipe", None)
-
-
-def with_recipe(x: Tensor, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """x, which `function` of `inputs` gives too, for whoever saves it to keep the inputs instead."""
-    x._recipe = Recipe(function, *inputs)  # pyright: ignore[reportAttributeAccessIssue]
-    return x
-
-
-def save(ctx: Any, *tensors: Tensor) -> None:
-    """ctx.save_for_backward, except that a tensor with a recipe is saved as what it is made from."""
-    recipes = [recipe_of(t) for t in tensors]
-    ctx.steps = [recipe.steps() if recipe else next for recipe in recipes]
-    pairs = zip(tensors, recipes, strict=True)
-    ctx.save_for_backward(*[leaf for t, recipe in pairs for leaf in (recipe.leaves() if recipe else [t])])
-
-
-def saved(ctx: Any) -> list[Tensor]:
-    """The tensors given to `save`, recomputed where only their recipe was kept."""
-    leaves = iter(ctx.saved_tensors)
-    return [step(leaves) for step in ctx.steps]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -100,13 +52,13 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        save(ctx, x, weight)
+        ctx.save_for_backward(x, weight)
         ctx.bias_dtype = None if bias is None else bias.dtype
         return _product(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, weight = saved(ctx)
+        x, weight = ctx.saved_tensors
         rows = grad.reshape(-1, grad.shape[-1])
         grad_x = _product(grad, weight.t()) if ctx.needs_input_grad[0] else None
         grad_weight = grad_bias = None
@@ -128,8 +80,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     if x.device.type != "cpu":
         return F.rms_norm(x, x.shape[-1:], None if weight is None else weight.to(x.dtype), eps)
     if torch.is_grad_enabled():
-        y, scale = _RMSNorm.apply(x, weight, eps)
-        return with_recipe(y, _scaled, x, scale) if weight is None else with_recipe(y, _scaled, x, scale, weight)
+        return _RMSNorm.apply(x, weight, eps)
     return _scaled(x, _rms_scale(x, eps), weight)
 
 
@@ -149,14 +100,13 @@ def _accumulator(x: Tensor) -> torch.dtype:
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         scale = _rms_scale(x, eps)
         ctx.save_for_backward(x, weight, scale)
-        ctx.mark_non_differentiable(scale)
-        return _scaled(x, scale, weight), scale
+        return _scaled(x, scale, weight)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor, Tensor | None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, scale = ctx.saved_tensors
         size = x.shape[-1]
         product = (grad * x).mul_(scale.to(x.dtype))
@@ -184,11 +134,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         (batch, heads, seq, head_dim), contiguous.
     """
     if torch.is_grad_enabled() and x.requires_grad:
-        return with_recipe(_Rotate.apply(x, cos, sin), _rotate_heads, x, cos, sin)
-    return _rotate_heads(x, cos, sin)
-
-
-def _rotate_heads(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return _Rotate.apply(x, cos, sin)
     return _rotate(x.transpose(1, 2), cos, sin)
 
 
@@ -237,8 +183,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
     """
     if torch.is_grad_enabled() and gate_up.requires_grad:
         on_cpu = gate_up.device.type == "cpu"
-        y = _SwiGLU.apply(gate_up, on_cpu and not gate_up.is_leaf and gate_up.is_contiguous())
-        return with_recipe(y, _swiglu, gate_up) if on_cpu else y
+        return _SwiGLU.apply(gate_up, on_cpu and not gate_up.is_leaf and gate_up.is_contiguous())
     return _swiglu(gate_up)
 
 
@@ -282,20 +227,18 @@ class _SwiGLU(torch.autograd.Function):
 def relu_squared(x: Tensor) -> Tensor:
     """relu(x) ** 2 (So et al. 2021)."""
     if torch.is_grad_enabled() and x.requires_grad:
-        y, positive = _ReluSquared.apply(x)
-        return with_recipe(y, torch.square, positive)
+        return _ReluSquared.apply(x)
     return torch.relu(x).square_()
 
 
 class _ReluSquared(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         positive = torch.relu(x)
         ctx.save_for_backward(positive)
-        ctx.mark_non_differentiable(positive)
-        return positive * positive, positive
+        return positive * positive
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         (positive,) = ctx.saved_tensors
         return (grad * positive).mul_(2.0)
