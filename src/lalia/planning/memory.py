@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from lalia.model.attention import NUM_BLOCKS
 from lalia.model.config import ModelConfig
-from lalia.training.linear_cross_entropy import CHUNK_ROWS
+from lalia.training.linear_cross_entropy import chunk_rows
 from lalia.training.parallel.layout import ParallelConfig
 
 Checkpointing = Literal["none", "selective", "full"]
@@ -101,7 +103,8 @@ def training_memory(
     stream = tokens * value_bytes * shape.hidden_size
     # What a layer keeps it also works with; its backward makes about half of that again.
     activations = shape.num_hidden_layers * kept * per_layer + working * per_layer + 4 * stream
-    chunks = 3 * min(CHUNK_ROWS, tokens) * shape.vocab_size * 4
+    rows_at_once = chunk_rows(tokens, shape.vocab_size, torch.device("cuda" if accelerator else "cpu"))
+    chunks = 3 * rows_at_once * shape.vocab_size * 4
     head = shape.vocab_size * shape.hidden_size / divided
     # Besides the chunks of logits: the head's gradient a second time, and its cast and transposed copies.
     loss = chunks + head * (4.0 + 2 * value_bytes)

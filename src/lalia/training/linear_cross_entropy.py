@@ -1,5 +1,6 @@
 """Cross-entropy of a linear head without ever holding all logits."""
 
+import math
 from typing import Any
 
 import torch
@@ -11,9 +12,9 @@ from lalia.model.functions import linear
 CHUNK_ROWS = 512
 """Rows of logits held at a time, on a CPU; 512 x 4096 float32 values are 8 MiB, which stay in the last-level cache."""
 
-CHUNK_ELEMENTS = 1 << 24
-"""Most logits held at a time, 64 MiB in float32. Smaller chunks of a large vocabulary do not pay: each reads and writes
-the gradient of the whole head."""
+CHUNK_ELEMENTS = 1 << 25
+"""Most logits held at a time, 128 MiB in float32. Smaller chunks of a large vocabulary do not pay: each reads and
+writes the gradient of the whole head."""
 
 GPU_CHUNK_ELEMENTS = 1 << 28
 """The same on an accelerator, where a chunk has to be large enough to fill the device."""
@@ -44,7 +45,7 @@ def linear_cross_entropy(
     hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     counted = targets != -100
     count = counted.sum()
-    chunk = chunk_rows(weight.shape[0], hidden.device)
+    chunk = chunk_rows(len(targets), weight.shape[0], hidden.device)
     if hidden.device.type == "cpu":
         kept = counted.nonzero().squeeze(1)
         padding = -len(kept) % chunk
@@ -69,11 +70,14 @@ def linear_cross_entropy(
     return entropy + added, entropy, count
 
 
-def chunk_rows(vocab_size: int, device: torch.device) -> int:
-    """Rows of logits to hold at a time."""
+def chunk_rows(num_rows: int, vocab_size: int, device: torch.device) -> int:
+    """Rows of logits to hold at a time, in chunks of equal size."""
     if device.type == "cpu":
-        return max(1, min(CHUNK_ROWS, CHUNK_ELEMENTS // vocab_size))
-    return max(1, GPU_CHUNK_ELEMENTS // vocab_size)
+        most = max(1, min(CHUNK_ROWS, CHUNK_ELEMENTS // vocab_size))
+    else:
+        most = max(1, GPU_CHUNK_ELEMENTS // vocab_size)
+    num_chunks = max(1, math.ceil(num_rows / most))
+    return max(1, math.ceil(num_rows / num_chunks))
 
 
 def _softcap(logits: Tensor, cap: float) -> Tensor:
