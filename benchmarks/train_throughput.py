@@ -109,8 +109,9 @@ def ours(shape: Shape, compiled: bool) -> tuple[torch.nn.Module, Speed]:
     from lalia.data.loader import Batch
     from lalia.model.shapes import ArchitectureConfig
     from lalia.model.transformer import Transformer
+    from lalia.planning.layout import TOKENS_PER_THREAD, largest_part
     from lalia.progress import Progress
-    from lalia.training.config import OptimizerConfig
+    from lalia.training.config import LoopConfig, OptimizerConfig
     from lalia.training.objectives import next_token
     from lalia.training.trainer import Trainer, initialize
 
@@ -142,6 +143,8 @@ def ours(shape: Shape, compiled: bool) -> tuple[torch.nn.Module, Speed]:
             )
 
     batches = Pool()
+    at_once = max(1, TOKENS_PER_THREAD * torch.get_num_threads() // shape.sequence_length)
+    micro_rows = largest_part(shape.batch_size, at_once)  # as a plan for a CPU chooses
     trainer = Trainer(
         model=model,
         batches=batches,
@@ -150,6 +153,7 @@ def ours(shape: Shape, compiled: bool) -> tuple[torch.nn.Module, Speed]:
         optimizer=OptimizerConfig(),
         folder=Path(tempfile.mkdtemp()),
         run_fingerprint="",
+        loop=LoopConfig(micro_batch_size=micro_rows),
         progress=Progress(quiet=True),
     )
 

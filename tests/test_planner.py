@@ -10,6 +10,7 @@ from lalia.errors import UserError
 from lalia.model.config import ModelConfig
 from lalia.model.transformer import Transformer
 from lalia.planner import MOST_EPOCHS, WIDTHS, make_plan, measure_step
+from lalia.planning.layout import FILL
 from lalia.planning.memory import STATE_BYTES, parameters, training_memory
 from lalia.planning.rules import batch_tokens, scale_optimizer
 from lalia.progress import Progress
@@ -183,16 +184,19 @@ def test_a_budget_too_small_names_one_that_is_enough(measured: list[ModelConfig]
 
 def test_a_micro_batch_that_fits_the_memory(measured: list[ModelConfig], monkeypatch: pytest.MonkeyPatch) -> None:
     model = {"hidden_size": 512, "num_hidden_layers": 8}
+    monkeypatch.setattr("torch.get_num_threads", lambda: 2)
     whole = plan({"steps": 10, "batch_size": 64}, model=model)
-    assert values(whole)["micro_batch_size"] == 64
-    assert whole["predicted"]["memory_bytes"] > 2**30
-    monkeypatch.setattr("lalia.planner.memory_bytes", lambda: 2**30)
+    assert values(whole)["micro_batch_size"] == 4  # 1,024 tokens
+    odd = plan({"steps": 10, "batch_size": 7, "sequence_length": 300}, model=model)
+    assert values(odd)["micro_batch_size"] == 1
+    limit = whole["predicted"]["memory_bytes"] - 1
+    monkeypatch.setattr("lalia.planner.memory_bytes", lambda: limit / FILL)
     parts = plan({"steps": 10, "batch_size": 64}, model=model)
-    assert 0 < values(parts)["micro_batch_size"] < 64
-    assert parts["predicted"]["memory_bytes"] <= 2**30
+    assert 0 < values(parts)["micro_batch_size"] < 4
+    assert parts["predicted"]["memory_bytes"] <= limit
     assert parts["predicted"]["seconds"] == pytest.approx(whole["predicted"]["seconds"])
     made = plan({"budget": "10 hours"})  # where the planner chooses the size, it chooses one that fits
-    assert made["predicted"]["memory_bytes"] <= 2**30
+    assert made["predicted"]["memory_bytes"] <= limit
 
 
 def test_more_memory_than_the_machine_has_is_refused_before_it_is_used(

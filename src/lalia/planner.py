@@ -17,7 +17,7 @@ from lalia.files import read_json
 from lalia.model.config import ModelConfig
 from lalia.model.shapes import ArchitectureConfig
 from lalia.planning.law import effective_bytes, load_law
-from lalia.planning.layout import FILL, NODE, Placement, place
+from lalia.planning.layout import FILL, NODE, TOKENS_PER_THREAD, Placement, place
 from lalia.planning.memory import Checkpointing, Memory, parameters, training_memory
 from lalia.planning.rules import (
     FEW_EPOCHS,
@@ -361,6 +361,7 @@ class _Planner:
             self.asked_layout,
             self.config.micro_batch_size,
             None if asked == "none" else asked,
+            None if self.accelerator else TOKENS_PER_THREAD * torch.get_num_threads(),
         )
 
     def _too_large(self, shape: ModelConfig, rows: int, length: int, precision: str) -> UserError:

@@ -13,6 +13,9 @@ NODE = 8
 FILL = 0.92
 """Share of the memory that a plan may fill; the rest is for fragments and what the estimate does not know."""
 
+TOKENS_PER_THREAD = 512
+"""Tokens of a micro-batch for each thread of a CPU: as fast as more, and its activations take less memory (LOG.md)."""
+
 LEVELS: tuple[Checkpointing, ...] = ("none", "selective", "full")
 
 
@@ -49,6 +52,7 @@ def place(
     asked: ParallelConfig | None = None,
     asked_micro_rows: int | None = None,
     asked_checkpointing: Checkpointing | None = None,
+    most_tokens: int | None = None,
 ) -> Placement | None:
     """The simplest way to compute a batch of `rows` rows within `limit` bytes on each device; None if none fits.
 
@@ -61,6 +65,7 @@ def place(
         memory: of (micro-batch rows, checkpointing, layout), on one device.
         asked: a layout that the recipe fixes.
         asked_micro_rows, asked_checkpointing: likewise.
+        most_tokens: of a micro-batch, where it need not fill the memory; one row is the least.
 
     Raises:
         UserError: if the asked layout does not fit the devices, the model or the batch.
@@ -77,7 +82,10 @@ def place(
     for layout, checkpointing in choices:
         groups = (layout.replicate or 1) * layout.shard
         share = rows // groups
-        micro = _largest(share, limit, lambda n, c=checkpointing, w=layout: memory(n, c, w).total, asked_micro_rows)
+        most = share if most_tokens is None else largest_part(share, max(1, most_tokens * layout.context // length))
+        micro = _largest(
+            share, most, limit, lambda n, c=checkpointing, w=layout: memory(n, c, w).total, asked_micro_rows
+        )
         if micro is None:
             continue
         return Placement(
@@ -87,7 +95,7 @@ def place(
             memory(micro, checkpointing, layout),
             (
                 "set in the recipe" if asked else _why_layout(layout),
-                "set in the recipe" if asked_micro_rows else _why_micro(micro, share),
+                "set in the recipe" if asked_micro_rows else _why_micro(micro, most, share),
                 "set in the recipe" if asked_checkpointing else _why_checkpointing(checkpointing),
             ),
         )
@@ -129,12 +137,17 @@ def _powers(most: int) -> list[int]:
     return sorted({*(2**i for i in range(most.bit_length()) if 2**i <= most), most})
 
 
-def _largest(share: int, limit: float, needed: Callable[[int], int], asked: int | None) -> int | None:
-    """The most rows, a divisor of the device's share, that fit; None if not even one does."""
+def largest_part(share: int, most: int) -> int:
+    """The largest divisor of `share` that is at most `most`."""
+    return next(n for n in range(min(share, most), 0, -1) if share % n == 0)
+
+
+def _largest(share: int, most: int, limit: float, needed: Callable[[int], int], asked: int | None) -> int | None:
+    """The most rows up to `most`, a divisor of the device's share, that fit; None if not even one does."""
     if asked is not None:
         asked = min(asked, share)
         return asked if needed(asked) <= limit else None
-    return next((n for n in range(share, 0, -1) if share % n == 0 and needed(n) <= limit), None)
+    return next((n for n in range(most, 0, -1) if share % n == 0 and needed(n) <= limit), None)
 
 
 def _check(layout: ParallelConfig, shape: ModelConfig, rows: int, length: int) -> None:
@@ -171,8 +184,12 @@ def _why_layout(layout: ParallelConfig) -> str:
     return "; ".join(parts) or "one device"
 
 
-def _why_micro(micro: int, share: int) -> str:
-    return "the device's whole share at once" if micro == share else f"the most of {share} rows that fit the memory"
+def _why_micro(micro: int, most: int, share: int) -> str:
+    if micro == share:
+        return "the device's whole share at once"
+    if micro == most:
+        return f"{TOKENS_PER_THREAD} tokens for each thread: as fast as more on a CPU, in less memory (LOG.md)"
+    return f"the most of {share} rows that fit the memory"
 
 
 def _why_checkpointing(level: Checkpointing) -> str:
