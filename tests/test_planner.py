@@ -38,7 +38,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[ModelConfig]:
     shapes: list[ModelConfig] = []
 
     def step_seconds(
-        shape: ModelConfig, rows: int, length: int, precision: str, steps: int, parts: int, *_: Any
+        shape: ModelConfig, rows: int, length: int, precision: str, steps: int, parts: float, *_: Any
     ) -> float:
         shapes.append(shape)
         return shape.flops_per_token(length) * rows * parts * length / FLOPS_PER_SECOND
@@ -199,6 +199,30 @@ def test_a_micro_batch_that_fits_the_memory(measured: list[ModelConfig], monkeyp
     assert made["predicted"]["memory_bytes"] <= limit
 
 
+@pytest.mark.parametrize("threads", [1, 2, 8])
+def test_stages_of_the_batch_count(measured: list[ModelConfig], monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
+    monkeypatch.setattr("torch.get_num_threads", lambda: threads)
+    model = {"hidden_size": 256, "num_hidden_layers": 4}
+    whole = plan({"budget": "2 minutes", "batch_size": 16}, model=model)
+    staged = plan({"budget": "2 minutes", "batch_size": 16, "batch_stages": [[0, 0.25], [0.5, 1]]}, model=model)
+    steps, more = values(whole)["steps"], values(staged)["steps"]
+    assert more == pytest.approx(steps * 16 / 10, rel=0.05)  # half of them of 4 rows
+    assert values(staged)["tokens"] == pytest.approx(values(whole)["tokens"], rel=0.05)
+    assert staged["predicted"]["seconds"] == pytest.approx(whole["predicted"]["seconds"], rel=0.05)
+    tokens = {"budget": "100000 tokens", "batch_size": 1, "batch_stages": [[0, 0.25], [0.5, 1]]}
+    assert values(plan(tokens, model=model))["tokens"] == pytest.approx(1e5, rel=0.01)  # no step has less than a row
+
+
+def test_the_speed_is_that_of_deterministic_algorithms(
+    measured: list[ModelConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr("lalia.planner.make_deterministic", lambda: seen.append(len(measured)))
+    plan({"steps": 10, "deterministic": True}, model={"hidden_size": 64, "num_hidden_layers": 1})
+    assert seen == [0]  # before anything was measured
+    assert measured
+
+
 def test_more_memory_than_the_machine_has_is_refused_before_it_is_used(
     measured: list[ModelConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -329,6 +353,22 @@ def test_layouts_that_do_not_fit(measured: list[ModelConfig]) -> None:
         plan({"budget": "1 hour", "parallel": {"shard": 8}, "batch_size": 12}, WEB, plan=H100, model=model)
     with pytest.raises(UserError, match="a batch of 3 rows cannot be divided among 8 devices"):
         plan({"budget": "1 hour", "batch_size": 3, "sequence_length": 2047}, WEB, plan=H100, model=model)
+    with pytest.raises(UserError, match=r"a batch of 2 or 16 rows cannot be divided among 8 groups .*batch_stages"):
+        stages = {"batch_size": 16, "batch_stages": [[0, 0.125], [0.5, 1]]}
+        plan({"budget": "1 hour", "parallel": {"shard": 8}, **stages}, WEB, plan=H100, model=model)
+    with pytest.raises(UserError, match=r"rows of 12 or 48 tokens cannot be divided by 2 x parallel\.context = 16"):
+        stages = {"sequence_length": 48, "batch_size": 8, "sequence_stages": [[0, 0.25], [0.5, 1]]}
+        plan({"budget": "1 hour", "parallel": {"context": 8}, **stages}, WEB, plan=H100, model=model)
+    with pytest.raises(UserError, match="'adamw8bit' takes whole weights"):
+        small = {"budget": "1 hour", "parallel": {"shard": 8}, "optimizer": {"kind": "adamw8bit"}}
+        plan(small, WEB, plan=H100, model=model)
+    chosen = values(plan({"budget": "300B tokens", "optimizer": {"kind": "adamw8bit"}}, WEB, plan=H100, model=model))
+    assert chosen["parallel"]["shard"] == 1  # what it chooses by itself can be trained
+    with pytest.raises(UserError, match="'adamw8bit' takes whole weights"):
+        later = {"optimizer": {"kind": "adamw8bit"}}
+        plan({"budget": "1 hour", "parallel": {"shard": 8}}, WEB, plan=H100, model=model, finetune=later)
+    planned = {"budget": "300B tokens", "parallel": {"shard": 8}, "batch_stages": [[0, 0.25], [0.2, 1]]}
+    assert values(plan(planned, WEB, plan=H100, model=model))["batch_size"] % 32 == 0
     asked = {"budget": "1 hour", "parallel": {"shard": 2, "tensor": 2}, "activation_checkpointing": "full"}
     value = values(plan(asked, WEB, plan=H100, model=model))
     assert value["parallel"] == {"replicate": 2, "shard": 2, "context": 1, "tensor": 2, "expert": 1}

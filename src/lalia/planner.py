@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lalia.devices import memory_bytes, num_processes, use_threads
+from lalia.devices import make_deterministic, memory_bytes, num_processes, use_threads
 from lalia.errors import UserError
 from lalia.files import read_json
 from lalia.model.config import ModelConfig
@@ -42,9 +42,10 @@ from lalia.planning.speed import (
 )
 from lalia.progress import Progress
 from lalia.recipe import Recipe
-from lalia.training.config import Amount, parse_budget
+from lalia.training.config import Amount, TrainingConfig, parse_budget
 from lalia.training.hardware import device_name, find_datasheet
-from lalia.training.parallel.layout import ParallelConfig
+from lalia.training.parallel.layout import ParallelConfig, misfits
+from lalia.training.schedule import BatchSchedule, mean_rows, rows_of_stages
 
 WIDTHS = (64, 96, 128, 192, 256, 320, 384, 448, 512, 640, 768, 1024)
 LARGE_WIDTHS = (1280, 1536, 2048, 2560, 3072, 4096, 5120, 6144, 8192)
@@ -116,6 +117,8 @@ class _Planner:
         return value
 
     def plan(self) -> dict[str, Any]:
+        if self.config.deterministic:  # before anything is measured: a GPU's libraries read it once
+            make_deterministic()
         self._set_devices()
         precision = self.set("precision", *self._precision())
         length = self.set("sequence_length", *self._sequence_length())
@@ -139,12 +142,14 @@ class _Planner:
             raise self._too_large(shape, rows, length, precision)
         self._describe_placement(placement)
         speed = self._speed(shape, placement, rows, length, precision, steps=9)
-        steps = self._steps(budget, shape, speed, rows * length, length)
+        steps = self._steps(budget, shape, speed, self._mean_rows(rows) * length, length)
         self._describe(shape, reason)
-        tokens = self.set("tokens", steps * length * rows, "steps x batch x sequence length")
+        tokens = length * _schedule(self.config, rows, length, steps).total_rows()
+        stages = ", over the stages of the batch" if self.config.batch_stages else ""
+        self.set("tokens", tokens, f"steps x batch x sequence length{stages}")
         self.set("epochs", round(tokens / self.train_tokens, 3), self._about_epochs(tokens / self.train_tokens))
         self._set_optimizer(rows * length, shape.hidden_size, tokens)
-        predicted = self._predict(shape, placement, speed, steps, rows * length, length)
+        predicted = self._predict(shape, placement, speed, steps, tokens, length)
         self._say(predicted)
         return {
             "values": self.values,
@@ -202,7 +207,13 @@ class _Planner:
             rows //= 2
         layout = self.config.parallel
         groups = max(1, self.devices // (layout.context * layout.tensor))
-        return -(-rows // groups) * groups
+        rows = -(-rows // groups) * groups
+        wider = range(rows, 8 * rows + 1, groups)  # until every stage can be divided too
+        stages = self.config.batch_stages
+        return next((n for n in wider if all(size % groups == 0 for size in rows_of_stages(n, stages))), rows)
+
+    def _mean_rows(self, rows: int) -> float:
+        return mean_rows(rows, self.config.batch_stages)
 
     def _check_rows(self, length: int, rows: int) -> None:
         """Refuse rows that the model or the data cannot fill, before anything is measured."""
@@ -224,11 +235,11 @@ class _Planner:
 
     def _shape(self, budget: Amount | None, length: int, rows: int, precision: str) -> tuple[ModelConfig, str, float]:
         """The model, why that one, and about how many tokens it will train on."""
-        asked, per_step = self.recipe.model, rows * length
+        asked, per_step = self.recipe.model, self._mean_rows(rows) * length
         if asked.hidden_size and asked.num_hidden_layers:
             shape = asked.build(self.vocab_size, length)
             if self.config.batch_size or self.config.steps:  # then nothing hangs on the tokens
-                return shape, "set in the recipe", (self.config.steps or 1) * float(per_step)
+                return shape, "set in the recipe", (self.config.steps or 1) * per_step
             sizes, names = [shape], "set in the recipe"
         else:
             if budget is None:
@@ -260,9 +271,9 @@ class _Planner:
         speed = (
             "" if budget.unit in ("tokens", "FLOPs") else f" at the {'estimated' if self.sheet else 'measured'} speed"
         )
-        return shape, names or f"{what} among {len(fitting)} sizes{speed}", steps * float(per_step)
+        return shape, names or f"{what} among {len(fitting)} sizes{speed}", steps * per_step
 
-    def _best(self, sized: list[tuple[ModelConfig, int]], budget: Amount, per_step: int) -> tuple[ModelConfig, int]:
+    def _best(self, sized: list[tuple[ModelConfig, int]], budget: Amount, per_step: float) -> tuple[ModelConfig, int]:
         """The size of lowest expected bits per byte; for a fixed number of tokens, where more weights always help, the
         largest that is the best use of its own computation."""
         if budget.unit != "tokens":
@@ -282,12 +293,14 @@ class _Planner:
 
     # What a budget buys
 
-    def _affordable(self, budget: Amount, shape: ModelConfig, seconds: float, per_step: int, length: int) -> int:
+    def _affordable(self, budget: Amount, shape: ModelConfig, seconds: float, per_step: float, length: int) -> int:
         """Steps that a budget buys, at most as many as still teach something."""
         limit = MOST_EPOCHS * self.train_tokens / per_step
         return int(min(self._amount_in_steps(budget, shape, seconds, per_step, length), max(limit, LEAST_STEPS)))
 
-    def _amount_in_steps(self, budget: Amount, shape: ModelConfig, seconds: float, per_step: int, length: int) -> float:
+    def _amount_in_steps(
+        self, budget: Amount, shape: ModelConfig, seconds: float, per_step: float, length: int
+    ) -> float:
         if budget.unit == "tokens":
             return budget.value / per_step
         if budget.unit == "FLOPs":
@@ -306,7 +319,7 @@ class _Planner:
         return budget.value / (price * self.devices) * 3600.0
 
     def _too_small(
-        self, budget: Amount, smallest: ModelConfig, seconds: float, per_step: int, length: int
+        self, budget: Amount, smallest: ModelConfig, seconds: float, per_step: float, length: int
     ) -> UserError:
         steps = max(LEAST_STEPS, self.config.steps or 0)
         share = self._amount_in_steps(budget, smallest, seconds, per_step, length)
@@ -330,7 +343,7 @@ class _Planner:
             f"'{advised}' or more"
         )
 
-    def _steps(self, budget: Amount | None, shape: ModelConfig, speed: Speed, per_step: int, length: int) -> int:
+    def _steps(self, budget: Amount | None, shape: ModelConfig, speed: Speed, per_step: float, length: int) -> int:
         if self.config.steps:
             return self.set("steps", self.config.steps, "set in the recipe")
         assert budget is not None
@@ -346,29 +359,43 @@ class _Planner:
 
     def _place(self, shape: ModelConfig, rows: int, length: int, precision: str) -> Placement | None:
         asked = self.config.activation_checkpointing
-
-        def memory(micro_rows: int, checkpointing: Checkpointing, layout: ParallelConfig) -> Memory:
-            kind = self.config.optimizer.kind
-            return training_memory(shape, micro_rows, length, precision, checkpointing, layout, self.accelerator, kind)
-
+        schedule = _schedule(self.config, rows, length)
         return place(
-            shape,
-            rows,
-            length,
+            schedule.sizes(),
+            schedule.lengths(),
             self.devices,
             FILL * self.device_bytes,
-            memory,
+            lambda rows, checkpointing, layout: self._memory(shape, rows, length, precision, checkpointing, layout),
+            lambda layout: self._misfits(layout, shape),
             self.asked_layout,
             self.config.micro_batch_size,
             None if asked == "none" else asked,
             None if self.accelerator else TOKENS_PER_THREAD * torch.get_num_threads(),
         )
 
+    def _misfits(self, layout: ParallelConfig, shape: ModelConfig) -> list[str]:
+        """Why a layout suits neither pretraining nor finetuning, which share it."""
+        stages = [self.config, *([self.recipe.finetune] if self.recipe.finetune.enabled else [])]
+        problems = [misfits(layout, shape, stage.optimizer.kind, stage.fp8) for stage in stages]
+        return list(dict.fromkeys(problem for each in problems for problem in each))
+
+    def _memory(
+        self,
+        shape: ModelConfig,
+        rows: int,
+        length: int,
+        precision: str,
+        checkpointing: Checkpointing = "none",
+        layout: ParallelConfig | None = None,
+    ) -> Memory:
+        kind, average = self.config.optimizer.kind, self.config.average_decay > 0
+        return training_memory(shape, rows, length, precision, checkpointing, layout, self.accelerator, kind, average)
+
     def _too_large(self, shape: ModelConfig, rows: int, length: int, precision: str) -> UserError:
-        one = training_memory(shape, 1, length, precision, "full", ParallelConfig(shard=self.devices), self.accelerator)
+        one = self._memory(shape, 1, length, precision, "full", ParallelConfig(shard=self.devices))
         asked = self.config.micro_batch_size
         if asked is not None:
-            one = training_memory(shape, asked, length, precision, accelerator=self.accelerator)
+            one = self._memory(shape, asked, length, precision)
         what = "the machine has" if self.devices == 1 and self.sheet is None else "each device has"
         return UserError(
             f"this plan needs about {one.total / 2**30:.1f} GiB of memory{'' if asked else ' even row by row'} and "
@@ -387,7 +414,7 @@ class _Planner:
     def _seconds_per_step(
         self, budget: Amount, placed: list[tuple[ModelConfig, Placement]], rows: int, length: int, precision: str
     ) -> list[float]:
-        """Of each size; where the devices are here one is measured, and the others follow from their costs."""
+        """Of a mean step of each size; where the devices are here one is measured, and the others follow from costs."""
         if budget.unit in ("tokens", "FLOPs"):
             return [1.0] * len(placed)  # time buys nothing here
         if self.sheet is not None:
@@ -399,16 +426,17 @@ class _Planner:
     def _speed(
         self, shape: ModelConfig, placement: Placement, rows: int, length: int, precision: str, steps: int
     ) -> Speed:
-        layout = placement.layout
+        """Of a mean step, smaller batches included."""
+        layout, mean = placement.layout, self._mean_rows(rows)
         if self.sheet is not None:
             return estimated_step(
-                shape, rows * length, length, self.sheet, layout, self.devices, placement.checkpointing
+                shape, mean * length, length, self.sheet, layout, self.devices, placement.checkpointing
             )
         probe = shape
         if layout.shard * layout.tensor * layout.context > 1:  # what no device holds alone is not measured on one
             probe = self._measurable(shape, placement.micro_rows, length, precision)
-        parts = rows // placement.data_groups() // placement.micro_rows
-        seconds = measure_step(probe, placement.micro_rows, length, precision, steps, parts, self.here)
+        parts = mean / placement.data_groups() / placement.micro_rows
+        seconds = measure_step(probe, placement.micro_rows, length, precision, steps, parts, self.here, self.config)
         seconds *= relative_cost(shape, probe, length) * RECOMPUTED[placement.checkpointing]
         seconds /= layout.tensor * layout.context
         seconds = with_communication(seconds, shape, layout, self._link())
@@ -422,7 +450,7 @@ class _Planner:
             one for one in candidates(architecture, self.vocab_size, length) if one.hidden_size < shape.hidden_size
         ]
         for one in [shape, *reversed(smaller)]:
-            needed = training_memory(one, rows, length, precision, accelerator=self.accelerator)
+            needed = self._memory(one, rows, length, precision)
             if needed.total <= FILL * self.device_bytes:
                 return one
         raise self._too_large(shape, rows, length, precision)
@@ -437,11 +465,17 @@ class _Planner:
     # Words
 
     def _describe(self, shape: ModelConfig, reason: str) -> None:
-        self.set("family", shape.family, "chosen among four (docs/decisions/002)")
+        named = "family" in self.recipe.model.model_fields_set
+        self.set("family", shape.family, "set in the recipe" if named else "chosen among four (docs/decisions/002)")
         self.set("hidden_size", shape.hidden_size, reason)
         self.set("num_hidden_layers", shape.num_hidden_layers, "depth grows with width (LOG.md; Qwen3, 2025)")
         self.set("num_attention_heads", shape.num_attention_heads, f"hidden_size / head_dim {shape.head_dim}")
-        self.set("intermediate_size", shape.intermediate_size, "8/3 of the width when gated (Shazeer 2020)")
+        if shape.num_experts:
+            chosen = shape.num_experts_per_token
+            self.set("num_experts", shape.num_experts, f"{chosen} of them compute a token")
+            self.set("expert_size", shape.expert_size, "the width of a network without experts, divided among those")
+        else:
+            self.set("intermediate_size", shape.intermediate_size, "8/3 of the width when gated (Shazeer 2020)")
         self.set("vocab_size", shape.vocab_size, "tokenizer")
         self.set("parameters", parameters(shape), "matrix weights and embedding")
 
@@ -459,9 +493,9 @@ class _Planner:
         self.set("optimizer", settings.model_dump(mode="json"), "all settings of the optimizers, with the above")
 
     def _predict(
-        self, shape: ModelConfig, placement: Placement, speed: Speed, steps: int, per_step: int, length: int
+        self, shape: ModelConfig, placement: Placement, speed: Speed, steps: int, tokens: int, length: int
     ) -> dict[str, Any]:
-        tokens, seconds = steps * per_step, steps * speed.seconds_per_step
+        seconds = steps * speed.seconds_per_step
         flops = shape.flops_per_token(length) * tokens
         effective = effective_bytes(tokens * self.bytes_per_token, self.train_bytes)
         expected = self.law.bits_per_byte(shape.num_matrix_parameters(), effective)
@@ -470,7 +504,7 @@ class _Planner:
             "seconds": round(seconds, 1),
             "seconds_interval": [round(steps * speed.low, 1), round(steps * speed.high, 1)],
             "seconds_per_step": round(speed.seconds_per_step, 5),
-            "tokens_per_second": round(per_step / speed.seconds_per_step),
+            "tokens_per_second": round(tokens / seconds),
             "memory_bytes": placement.memory.total,
             "flops": float(f"{flops:.4g}"),
             "bits_per_byte": round(expected, 3),
@@ -495,6 +529,10 @@ class _Planner:
             f"{predicted['tokens_per_second']:,} tokens/s, {predicted['memory_bytes'] / 2**20:.0f} MiB, "
             f"{predicted['bits_per_byte']:.2f} bits per byte ({low:.2f} to {high:.2f})"
         )
+
+
+def _schedule(config: TrainingConfig, rows: int, length: int, steps: int = 1) -> BatchSchedule:
+    return BatchSchedule(rows, length, steps, config.batch_stages, config.sequence_stages)
 
 
 def candidates(asked: ArchitectureConfig, vocab_size: int, length: int) -> list[ModelConfig]:

@@ -550,3 +550,15 @@ def test_what_a_folder_cannot_express_is_refused(family: str, changes: dict[str,
 )
 def test_two_ways_to_say_the_same_are_the_same(family: str, changes: dict[str, Any]) -> None:
     to_hf(ModelConfig.model_validate({**CONFIGS[family].model_dump(), **changes}))
+
+
+def test_experts_cost_a_token_what_a_dense_network_does() -> None:
+    dense, mixture = (ArchitectureConfig(family=family).build(512, 64, 256, 4) for family in ("qwen3", "qwen3_moe"))
+    routers = 4 * 8 * 256
+    assert (mixture.num_experts, mixture.num_experts_per_token) == (8, 2)
+    assert mixture.num_matrix_parameters() == pytest.approx(dense.num_matrix_parameters() + routers, rel=0.01)
+    chosen = ArchitectureConfig(family="qwen3_moe", num_experts=4, num_experts_per_token=1, expert_size=48)
+    built = chosen.build(512, 64, 256, 4)
+    assert (built.num_experts, built.num_experts_per_token, built.expert_size) == (4, 1, 48)
+    with pytest.raises(UserError, match="'qwen3' has no experts; set it to 'qwen3_moe'"):
+        ArchitectureConfig.parse({"num_experts": 4})

@@ -228,7 +228,7 @@ def test_the_ladder_that_is_proposed_makes_a_law() -> None:
     assert proposed["seconds"] == pytest.approx(300, rel=0.15)
     *make, fit_command = proposed["commands"]
     assert len(make) == 6
-    assert fit_command.startswith("lalia plan --fit runs/corpus-ladder/* --minutes")
+    assert fit_command.startswith("lalia plan --fit runs/corpus-ladder/width-* --minutes")
     points = []
     for command in make:
         words = command.split()

@@ -47,6 +47,15 @@ def test_steps_that_are_run_again_count_once(tmp_path: Path) -> None:
     assert (values[3], values[4]) == (pytest.approx(1 / 3), pytest.approx(1 / 4 + 0.5))
 
 
+def test_steps_after_going_back_count_once(tmp_path: Path) -> None:
+    board = TensorBoard(tmp_path / "tensorboard")
+    for step in range(1, 6):
+        board("step", {"step": step, "loss": 1.0})
+    board("rewind", {"step": 2, "from_step": 5})
+    board("step", {"step": 3, "loss": 2.0})
+    assert {e.step: e.value for e in read(tmp_path).Scalars("step/loss")} == {1: 1.0, 2: 1.0, 3: 2.0}
+
+
 def test_without_the_package_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard.writer", None)
     with pytest.raises(UserError, match=r"lalia\[tensorboard\]"):

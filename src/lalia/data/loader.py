@@ -36,6 +36,7 @@ class Batch:
         single_document: no row holds more than one piece, so plain causal attention is exact.
         num_targets: targets that are not IGNORED.
         num_bytes: UTF-8 bytes of those targets, for bits per byte; None if no byte lengths were given.
+        pieces: rows that each row of the loader was cut into.
     """
 
     tokens: torch.Tensor
@@ -45,6 +46,7 @@ class Batch:
     single_document: bool
     num_targets: int
     num_bytes: int | None
+    pieces: int = 1
 
     def to(self, device: torch.device | str) -> Self:
         """The batch with its tensors on `device`."""
@@ -52,10 +54,11 @@ class Batch:
         return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
     def split(self, rows: int | None) -> list[Self]:
-        """The batch in parts of at most `rows` rows (None: in one part); bytes are not counted per part."""
-        if rows is None or rows >= len(self.tokens):
+        """The batch in parts of at most `rows` uncut rows (None: in one part); bytes are not counted per part."""
+        if rows is None or rows * self.pieces >= len(self.tokens):
             return [self]
-        return [self.rows(start, start + rows) for start in range(0, len(self.tokens), rows)]
+        size = rows * self.pieces
+        return [self.rows(start, start + size) for start in range(0, len(self.tokens), size)]
 
     def rows(self, start: int, stop: int) -> Self:
         """The rows from `start` to below `stop`; bytes are not counted."""
@@ -84,7 +87,13 @@ class Batch:
         )
         begins = torch.where(ids == ids[:, :1], positions[:, :1], 0)  # only a row's first document was cut
         return replace(
-            self, tokens=tokens, targets=targets, document_ids=ids, positions=positions - begins, num_bytes=None
+            self,
+            tokens=tokens,
+            targets=targets,
+            document_ids=ids,
+            positions=positions - begins,
+            num_bytes=None,
+            pieces=self.pieces * pieces,
         )
 
 

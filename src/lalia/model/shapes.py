@@ -12,18 +12,27 @@ from lalia.settings import Settings
 class ArchitectureConfig(Settings):
     """Which transformer to build; whatever is None is planned."""
 
-    family: Literal["llama", "qwen3", "gemma3_text", "nanochat"] = "qwen3"
+    family: Literal["llama", "qwen3", "qwen3_moe", "gemma3_text", "nanochat"] = "qwen3"
     hidden_size: int | None = Field(default=None, ge=32, multiple_of=32)
     num_hidden_layers: int | None = Field(default=None, gt=0)
     head_dim: int | None = Field(default=None, ge=8, multiple_of=2)
     num_key_value_heads: int | None = Field(default=None, gt=0)
     intermediate_size: int | None = Field(default=None, gt=0)
+    num_experts: int | None = Field(default=None, ge=2)
+    """Feed-forward networks per layer among which a router chooses, in a family that has them; None means 8 there."""
+    num_experts_per_token: int | None = Field(default=None, gt=0)
+    """None means 2."""
+    expert_size: int | None = Field(default=None, gt=0)
+    """Width of an expert; None means that those of a token are together as wide as intermediate_size."""
     max_position_embeddings: int | None = Field(default=None, gt=0)
     """Longest context in tokens; None means the training sequence length."""
     tie_word_embeddings: bool | None = None
 
     @model_validator(mode="after")
     def _buildable(self) -> Self:
+        experts = (self.num_experts, self.num_experts_per_token, self.expert_size)
+        if self.family != "qwen3_moe" and experts != (None, None, None):
+            raise ValueError(f"model.family = {self.family!r} has no experts; set it to 'qwen3_moe'")
         if self.hidden_size:  # what does not fit together shows before any stage has run
             self.build(vocab_size=1, context=1, num_layers=1)
         return self
@@ -34,7 +43,7 @@ class ArchitectureConfig(Settings):
         """The whole configuration, with a width and depth for those the settings leave open.
 
         The feed-forward width is 8/3 of the hidden size where it is gated and 4 times where it is not, which costs
-        the same (Shazeer 2020), rounded to a multiple of 64.
+        the same (Shazeer 2020), rounded to a multiple of 64. Experts divide it, so a token costs no more with them.
         """
         hidden = self.hidden_size or hidden_size
         layers = self.num_hidden_layers or num_layers
@@ -60,6 +69,13 @@ class ArchitectureConfig(Settings):
             "tie_word_embeddings": False,
             **switches,
         }
+        if self.family == "qwen3_moe":
+            chosen = self.num_experts_per_token or 2
+            values |= {
+                "num_experts": self.num_experts or 8,
+                "num_experts_per_token": chosen,
+                "expert_size": self.expert_size or max(1, round(values["intermediate_size"] / chosen / 16)) * 16,
+            }
         if self.tie_word_embeddings is not None:
             values["tie_word_embeddings"] = self.tie_word_embeddings
         return ModelConfig.parse(values, "model")
@@ -68,6 +84,7 @@ class ArchitectureConfig(Settings):
 _SWITCHES: dict[str, Any] = {
     "llama": lambda hidden: {"norm_eps": 1e-5},
     "qwen3": lambda hidden: {"qk_norm": "before_rope"},
+    "qwen3_moe": lambda hidden: {"qk_norm": "before_rope"},
     "gemma3_text": lambda hidden: {
         "qk_norm": "before_rope",
         "norm_order": "sandwich",

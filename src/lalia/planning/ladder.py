@@ -111,4 +111,4 @@ def commands(ladder: Sequence[Rung], plan: dict[str, Any], source: str, folder: 
         size = f"model.hidden_size={rung.hidden_size} model.num_hidden_layers={rung.num_hidden_layers}"
         run = f"{folder}/width-{rung.hidden_size}-steps-{rung.steps}"
         lines.append(f"lalia pretrain {source} {size} pretrain.steps={rung.steps} {fixed} --run {run}")
-    return [*lines, f"lalia plan --fit {folder}/* --minutes {plan['predicted']['seconds'] / 60:.3g}"]
+    return [*lines, f"lalia plan --fit {folder}/width-* --minutes {plan['predicted']['seconds'] / 60:.3g}"]

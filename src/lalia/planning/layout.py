@@ -1,10 +1,9 @@
 """How many devices along each axis, how many rows at a time, and what is kept for backward: the first that fits."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from lalia.errors import UserError
-from lalia.model.config import ModelConfig
 from lalia.planning.memory import Checkpointing, Memory
 from lalia.training.parallel.layout import ParallelConfig, resolve
 
@@ -43,18 +42,18 @@ class Placement:
 
 
 def place(
-    shape: ModelConfig,
-    rows: int,
-    length: int,
+    sizes: Sequence[int],
+    lengths: Sequence[int],
     devices: int,
     limit: float,
     memory: Callable[[int, Checkpointing, ParallelConfig], Memory],
+    misfit: Callable[[ParallelConfig], list[str]],
     asked: ParallelConfig | None = None,
     asked_micro_rows: int | None = None,
     asked_checkpointing: Checkpointing | None = None,
     most_tokens: int | None = None,
 ) -> Placement | None:
-    """The simplest way to compute a batch of `rows` rows within `limit` bytes on each device; None if none fits.
+    """The simplest way to compute the batches of a run within `limit` bytes on each device; None if none fits.
 
     In this order: copies of the model (data parallelism, Li et al. 2020); weights, gradients and state divided among
     2, 4, ... devices (ZeRO, Rajbhandari et al. 2020; FSDP, Zhao et al. 2023); products kept and the rest computed
@@ -62,7 +61,10 @@ def place(
     Narayanan et al. 2021); rows divided among devices (ring attention, Liu et al. 2023; Llama 3 from 131,072 tokens).
 
     Args:
+        sizes: the different numbers of rows that a step takes over the run, ascending.
+        lengths: the different lengths of a row, ascending.
         memory: of (micro-batch rows, checkpointing, layout), on one device.
+        misfit: why a layout does not suit the model (`misfits`).
         asked: a layout that the recipe fixes.
         asked_micro_rows, asked_checkpointing: likewise.
         most_tokens: of a micro-batch, where it need not fill the memory; one row is the least.
@@ -72,17 +74,20 @@ def place(
     """
     if asked is not None:
         asked = resolve(asked, devices)
-        _check(asked, shape, rows, length)
-    choices = list(_choices(shape, rows, length, devices, asked, asked_checkpointing))
+        _check(asked, misfit(asked), sizes, lengths)
+    choices = list(_choices(sizes, lengths, devices, misfit, asked, asked_checkpointing))
     if not choices:
         raise UserError(
-            f"a batch of {rows} rows cannot be divided among {devices} devices; set pretrain.batch_size to a multiple "
-            f"of {devices}, or leave it out"
+            f"a batch of {_listed(sizes)} rows cannot be divided among {devices} devices; set pretrain.batch_size to a "
+            f"multiple of {devices} (in all of pretrain.batch_stages)"
         )
+    length = lengths[-1]
     for layout, checkpointing in choices:
         groups = (layout.replicate or 1) * layout.shard
-        share = rows // groups
-        most = share if most_tokens is None else largest_part(share, max(1, most_tokens * layout.context // length))
+        share = sizes[-1] // groups
+        most = share
+        if most_tokens is not None and layout.shard == 1:  # shards are gathered anew for every micro-batch
+            most = largest_part(share, max(1, most_tokens * layout.context // length))
         micro = _largest(
             share, most, limit, lambda n, c=checkpointing, w=layout: memory(n, c, w).total, asked_micro_rows
         )
@@ -103,10 +108,10 @@ def place(
 
 
 def _choices(
-    shape: ModelConfig,
-    rows: int,
-    length: int,
+    sizes: Sequence[int],
+    lengths: Sequence[int],
     devices: int,
+    misfit: Callable[[ParallelConfig], list[str]],
     asked: ParallelConfig | None,
     asked_checkpointing: Checkpointing | None,
 ) -> Iterator[tuple[ParallelConfig, Checkpointing]]:
@@ -116,19 +121,19 @@ def _choices(
             yield asked, level
         return
     for context in _powers(devices):
-        if length % context:
+        if context > 1 and any(length % (2 * context) for length in lengths):
             continue
         for tensor in _powers(min(NODE, devices // context)):
-            if shape.num_key_value_heads % tensor:
-                continue
             rest, remainder = divmod(devices, context * tensor)
             if remainder:
                 continue
             for level in levels:
                 # Dividing the weights costs less time than computing anything twice, so all of it comes first.
                 for shard in _powers(rest) if level == levels[0] else (rest,):
-                    if rest % shard == 0 and rows % rest == 0:
-                        layout = ParallelConfig(replicate=rest // shard, shard=shard, context=context, tensor=tensor)
+                    if rest % shard or any(rows % rest for rows in sizes):
+                        continue
+                    layout = ParallelConfig(replicate=rest // shard, shard=shard, context=context, tensor=tensor)
+                    if not misfit(layout):
                         yield layout, level
 
 
@@ -150,23 +155,25 @@ def _largest(share: int, most: int, limit: float, needed: Callable[[int], int], 
     return next((n for n in range(most, 0, -1) if share % n == 0 and needed(n) <= limit), None)
 
 
-def _check(layout: ParallelConfig, shape: ModelConfig, rows: int, length: int) -> None:
+def _check(layout: ParallelConfig, problems: list[str], sizes: Sequence[int], lengths: Sequence[int]) -> None:
     groups = (layout.replicate or 1) * layout.shard
-    problems = []
-    if rows % groups:
+    if any(rows % groups for rows in sizes):
         problems.append(
-            f"a batch of {rows} rows cannot be divided among {groups} groups of devices; set pretrain.batch_size to a "
-            f"multiple of {groups}"
+            f"a batch of {_listed(sizes)} rows cannot be divided among {groups} groups of devices; set "
+            f"pretrain.batch_size to a multiple of {groups} (in all of pretrain.batch_stages)"
         )
-    if length % layout.context:
-        problems.append(f"pretrain.sequence_length = {length} is not a multiple of parallel.context = {layout.context}")
-    for name, heads in (("query", shape.num_attention_heads), ("key and value", shape.num_key_value_heads)):
-        if heads % layout.tensor:
-            problems.append(
-                f"the {heads} {name} heads cannot be divided by parallel.tensor = {layout.tensor}; choose a divisor"
-            )
+    chunks = 2 * layout.context
+    if layout.context > 1 and any(length % chunks for length in lengths):
+        problems.append(
+            f"rows of {_listed(lengths)} tokens cannot be divided by 2 x parallel.context = {chunks}; set "
+            f"pretrain.sequence_length to a multiple of {chunks} (in all of pretrain.sequence_stages)"
+        )
     if problems:
         raise UserError("pretrain.parallel does not fit: " + "; ".join(problems))
+
+
+def _listed(values: Sequence[int]) -> str:
+    return " or ".join(map(str, values))
 
 
 def _why_layout(layout: ParallelConfig) -> str:
@@ -188,7 +195,7 @@ def _why_micro(micro: int, most: int, share: int) -> str:
     if micro == share:
         return "the device's whole share at once"
     if micro == most:
-        return f"{TOKENS_PER_THREAD} tokens for each thread: as fast as more on a CPU, in less memory (LOG.md)"
+        return f"at most {TOKENS_PER_THREAD} tokens a thread, at least a row: as fast on a CPU, in less memory (LOG.md)"
     return f"the most of {share} rows that fit the memory"
 
 

@@ -66,6 +66,7 @@ def training_memory(
     layout: ParallelConfig | None = None,
     accelerator: bool = False,
     optimizer: str = "muon",
+    average: bool = False,
 ) -> Memory:
     """Bytes that one device needs while a micro-batch of `rows` rows goes forward and backward.
 
@@ -81,6 +82,7 @@ def training_memory(
         layout: how the devices are laid out; None means one.
         accelerator: fused attention, which keeps no probabilities.
         optimizer: its kind, as in the settings.
+        average: whether a moving average of the weights is kept.
     """
     layout = layout or ParallelConfig(replicate=1)
     value_bytes = 4 if precision == "float32" else 2
@@ -111,7 +113,9 @@ def training_memory(
     return Memory(
         weights=int(weights),
         gradients=int(gradients),
-        optimizer=int(in_layers * STATE_BYTES[optimizer][0] + vocabulary * STATE_BYTES[optimizer][1]),
+        optimizer=int(
+            in_layers * STATE_BYTES[optimizer][0] + vocabulary * STATE_BYTES[optimizer][1] + 4.0 * average * held
+        ),
         activations=int(activations),
         loss=int(loss),
         runtime=RUNTIME_BYTES,

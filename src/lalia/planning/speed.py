@@ -12,11 +12,14 @@ from lalia.errors import UserError
 from lalia.model.config import ModelConfig
 from lalia.model.transformer import Transformer
 from lalia.planning.memory import Checkpointing, parameters
-from lalia.training.config import OptimizerConfig
+from lalia.training.compilation import compile_layers
+from lalia.training.config import TrainingConfig
+from lalia.training.fp8 import convert_to_fp8
 from lalia.training.hardware import DTYPES, Datasheet, find_datasheet, known_devices, synchronize
 from lalia.training.linear_cross_entropy import linear_cross_entropy
+from lalia.training.optimizers import make_optimizers
 from lalia.training.parallel.layout import ParallelConfig
-from lalia.training.trainer import initialize, make_optimizers
+from lalia.training.trainer import initialize
 
 USUAL_MFU = (0.30, 0.40, 0.50)
 """Low, middle and high share of the data sheet's peak that pretraining reaches in bfloat16 on one node of good ones:
@@ -45,25 +48,38 @@ class Speed:
 
 
 def measure_step(
-    shape: ModelConfig, rows: int, length: int, precision: str, steps: int, parts: int = 1, device: str = "cpu"
+    shape: ModelConfig,
+    rows: int,
+    length: int,
+    precision: str,
+    steps: int,
+    parts: float = 1,
+    device: str = "cpu",
+    config: TrainingConfig | None = None,
 ) -> float:
     """Seconds of one optimizer step on random tokens, the median of `steps` after one that warms up.
 
-    The step is `parts` micro-batches of `rows` rows each and one update; at most two are run, and the time of one
-    (forward and backward) counts `parts` times, that of the update once.
+    The step is `parts` micro-batches of `rows` rows each (in the mean, where batches differ) and one update; at most
+    two are run, and the time of one (forward and backward) counts `parts` times, that of the update once. `config` says
+    which optimizer, and whether the layers are compiled and multiply in 8-bit floating point.
     """
+    config = config or TrainingConfig()
     where = torch.device(device)
     model = Transformer(shape)
     initialize(model, 0)
     model.to(where)
     model.compute_dtype = DTYPES[precision]
-    optimizers = make_optimizers(model, OptimizerConfig())
+    if config.fp8:
+        convert_to_fp8(model)
+    if config.compile:
+        compile_layers(model)
+    optimizers = make_optimizers(model, config.optimizer)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, shape.vocab_size, (rows, length + 1), generator=generator).to(where)
     targets = tokens[:, 1:].contiguous()
     forward_backward, update = [], []
     for step in range(steps + 1):
-        for _ in range(min(parts, 2)):
+        for _ in range(1 if parts <= 1 else 2):
             began = time.perf_counter()
             loss, _, count = linear_cross_entropy(
                 model(tokens[:, :-1]), model.head_weight, targets, shape.logit_softcap
@@ -108,7 +124,8 @@ def relative_cost(shape: ModelConfig, probe: ModelConfig, length: int) -> float:
     """Time per token of a shape relative to the probe's: its FLOPs, and a share that grows with the activations."""
 
     def cost(config: ModelConfig) -> float:
-        volume = config.num_hidden_layers * (14 * config.hidden_size + 6 * config.intermediate_size)
+        feed = config.num_experts_per_token * (config.expert_size or 0) or config.intermediate_size
+        volume = config.num_hidden_layers * (14 * config.hidden_size + 6 * feed)
         return config.flops_per_token(length) + 600.0 * volume
 
     return cost(shape) / cost(probe)
@@ -131,7 +148,7 @@ def require_datasheet(name: str) -> Datasheet:
 
 def estimated_step(
     shape: ModelConfig,
-    tokens_per_step: int,
+    tokens_per_step: float,
     length: int,
     sheet: Datasheet,
     layout: ParallelConfig,

@@ -29,7 +29,8 @@ from lalia.training.hardware import DTYPES
 from lalia.training.objectives import next_token
 from lalia.training.parallel.world import start
 from lalia.training.pretrain import Evaluation, as_planned, save_trained
-from lalia.training.schedule import evenly_spaced
+from lalia.training.schedule import evenly_spaced, mean_rows
+from lalia.training.tensorboard import TensorBoard
 from lalia.training.trainer import Trainer
 
 
@@ -75,8 +76,11 @@ def finetune(
     world = start(pretraining.parallel, pretraining.timeout_seconds)
     if world.size == 1:
         use_threads(values["threads"])
+    if pretraining.tensorboard and world.is_main:
+        progress.listeners.append(TensorBoard(out / "tensorboard"))
     length, batch_size = values["sequence_length"], values["batch_size"]
-    steps = num_steps(config, plan["predicted"]["seconds_per_step"])
+    whole = batch_size / mean_rows(batch_size, pretraining.batch_stages)  # pretraining may have smaller batches too
+    steps = num_steps(config, plan["predicted"]["seconds_per_step"] * whole)
     tokenizer = Tokenizer.load(tokens / "tokenizer")
     train = read_documents(documents, "train")
     conversations, counts = collect_conversations(config, train, tokenizer, length, steps * batch_size * length)

@@ -76,7 +76,8 @@ class AdamW8bit(Optimizer):
         groups: as for AdamW; the parameters must be whole.
 
     Raises:
-        UserError: without torchao, or for parameters that are divided among processes.
+        UserError: without torchao.
+        TypeError: for parameters that are divided among processes (`parallel.layout.misfits` says so before).
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]]) -> None:
@@ -84,10 +85,7 @@ class AdamW8bit(Optimizer):
         self._codec = _Codec()
         for p in (p for group in self.param_groups for p in group["params"]):
             if hasattr(p, "placements"):
-                raise UserError(
-                    "optimizer.kind = 'adamw8bit' takes whole weights, but the layout divides them among processes; "
-                    "use 'muon' or 'adamw', or set parallel.shard, tensor and expert to 1"
-                )
+                raise TypeError("AdamW8bit takes whole weights, these are divided among processes")
             state = self.state[p]
             state["step"] = torch.zeros((), device=p.device)
             for key in ("exp_avg", "exp_avg_sq"):

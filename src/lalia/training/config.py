@@ -191,7 +191,7 @@ class TrainingConfig(LoopConfig):
     deterministic: bool = False
     """Only algorithms that give the same bits every time, also on a GPU."""
     tensorboard: bool = False
-    """Write the figures of metrics.jsonl for TensorBoard too."""
+    """Write the figures of metrics.jsonl for TensorBoard too, also when finetuning."""
 
     @field_validator("batch_stages", "sequence_stages")
     @classmethod

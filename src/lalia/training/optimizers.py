@@ -31,7 +31,7 @@ def make_optimizers(model: Transformer, settings: OptimizerConfig, mesh: "Device
             among them.
 
     Raises:
-        UserError: if `settings.kind` needs torchao and it is missing, or the layout does not suit it.
+        UserError: if `settings.kind` needs torchao and it is missing.
     """
     heights = {id(p): h for p, h in matrix_heights(model)}
     decays = {"matrix": weight_decay(settings, model.config.hidden_size)}

@@ -14,8 +14,10 @@ def sample_text(model: Transformer, tokenizer: Tokenizer, max_tokens: int, seed:
     ids = [tokenizer.end_of_text_id]
     for _ in range(limit):
         # Without a cache: for a few tokens it saves little, and a model that several processes share has no such.
-        hidden = model(torch.tensor([ids], device=model.device))
-        probabilities = torch.softmax(model.logits(hidden[0, -1]).float().cpu() / temperature, -1)
+        # Always of one length, which a causal model does not see: a compiled one is compiled anew for every other.
+        padded = ids + [tokenizer.end_of_text_id] * (limit - len(ids))
+        hidden = model(torch.tensor([padded], device=model.device))
+        probabilities = torch.softmax(model.logits(hidden[0, len(ids) - 1]).float().cpu() / temperature, -1)
         token = int(torch.multinomial(probabilities, 1, generator=generator))
         if token == tokenizer.end_of_text_id:
             break

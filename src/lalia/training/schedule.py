@@ -65,6 +65,17 @@ def factor_at(stages: Stages, step: int, num_steps: int) -> float:
     return factor
 
 
+def rows_of_stages(rows: int, stages: Stages) -> list[int]:
+    """Rows that a step takes in each stage: shares of `rows`, at least one."""
+    return [max(1, round(rows * share)) for _, share in stages] or [rows]
+
+
+def mean_rows(rows: int, stages: Stages) -> float:
+    """Rows that a step takes in the mean of a run."""
+    ends = [*(begin for begin, _ in stages), 1.0] if stages else [0.0, 1.0]
+    return sum((b - a) * size for (a, b), size in zip(pairwise(ends), rows_of_stages(rows, stages), strict=True))
+
+
 class BatchSchedule:
     """How many rows each step takes and how many pieces each row is cut into.
 
@@ -94,7 +105,7 @@ class BatchSchedule:
                 )
         self.length, self.num_steps, self._length_stages = length, num_steps, length_stages
         edges = [round(begin * num_steps) for begin, _ in batch_stages] or [0]
-        self._sizes = [max(1, round(rows * share)) for _, share in batch_stages] or [rows]
+        self._sizes = rows_of_stages(rows, batch_stages)
         # First step of each stage, and the rows taken by all steps before it.
         self._edges = edges
         taken = [(b - a) * size for (a, b), size in zip(pairwise(edges), self._sizes, strict=False)]
@@ -110,8 +121,12 @@ class BatchSchedule:
         """Into how many equal pieces every row of a step is cut."""
         return round(1.0 / factor_at(self._length_stages, step, self.num_steps))
 
+    def lengths(self) -> list[int]:
+        """The different lengths of a row, after cutting, ascending."""
+        return sorted({round(self.length * share) for _, share in self._length_stages} or {self.length})
+
     def sizes(self) -> list[int]:
-        """The different numbers of rows of a step, before cutting."""
+        """The different numbers of rows of a step, before cutting, ascending."""
         return sorted(set(self._sizes))
 
     def total_rows(self) -> int:

@@ -9,8 +9,9 @@ from lalia.errors import UserError
 class TensorBoard:
     """Writes the numbers of a stage's events as curves over steps, and texts as texts.
 
-    A step that is recorded again after an interruption replaces the first one: TensorBoard is told, by the first event
-    of a process, which steps to forget. Needs the extra `tensorboard`.
+    A step that is recorded again, after an interruption or after going back, replaces the first one: TensorBoard is
+    told, by the first event of a process or by that of going back, which steps to forget. Needs the extra
+    `tensorboard`.
 
     Args:
         folder: for `tensorboard --logdir`; one file per process comes there.
@@ -34,8 +35,13 @@ class TensorBoard:
         step = fields.get("step")
         if not isinstance(step, int):
             return
+        first = step
+        if event == "rewind" and self._writer is not None:
+            self._writer.close()
+            self._writer = None
+            first = step + 1  # what was recorded at the step of the checkpoint itself stays
         if self._writer is None:
-            self._writer = self._open(str(self.folder), purge_step=step)
+            self._writer = self._open(str(self.folder), purge_step=first)
         for name, value in fields.items():
             if isinstance(value, str):
                 self._writer.add_text(f"{event}/{name}", value, step)

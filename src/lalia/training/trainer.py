@@ -28,6 +28,7 @@ from lalia.training.optimizers import make_optimizers
 from lalia.training.parallel.apply import GradientSync, gradient_norm, parallelize
 from lalia.training.parallel.context import shard_batch
 from lalia.training.parallel.heartbeat import Heartbeat, is_communication_failure
+from lalia.training.parallel.layout import check_model
 from lalia.training.parallel.state import local, pieces, saved_state
 from lalia.training.parallel.world import World
 from lalia.training.prefetch import Prefetcher
@@ -86,6 +87,7 @@ class Trainer:
         self.world = world or World.alone(model.device)
         self.evaluate, self.evaluation_steps = evaluate, evaluation_steps
         self.unit = unit
+        check_model(self.world.layout, model.config, optimizer.kind, self.loop.fp8)
         if self.loop.fp8:
             convert_to_fp8(model)
         checkpoint_activations(model, self.loop.activation_checkpointing)
@@ -244,7 +246,9 @@ class Trainer:
         weight = sums["weight"].clamp(min=1.0)
         gradients = [local(p.grad) for p in self.model.parameters() if p.grad is not None]
         norm = gradient_norm(self.model, self.world) / weight
-        keep = self.guard.judge(sums["loss"] / weight, norm) * (sums["weight"] > 0)
+        # All processes must judge alike, to the last bit: one that skips a step alone would part from the others.
+        loss, norm = self.world.from_main(torch.stack((sums["loss"] / weight, norm.double()))).unbind()
+        keep = self.guard.judge(loss, norm) * (sums["weight"] > 0)
         _scale(gradients, ((self.settings.gradient_clip / (norm + 1e-12)).clamp(max=1.0) / weight).float())
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -268,15 +272,16 @@ class Trainer:
         bad, rewinds, passed_over = self.step, self.rewinds, self.passed_over
         advice = (
             f"the loss or gradient was not finite, or far above what it had been, for {self.loop.max_skipped} steps in "
-            f"a row (step {bad}, after going back {rewinds} times); lower the learning rates "
-            "(pretrain.optimizer.matrix_learning_rate) or use precision = 'float32'. "
-            f"The last good checkpoint is in {self.folder}"
+            f"a row (step {bad}, after going back {rewinds} times); lower the learning rates of the stage "
+            "(optimizer.matrix_learning_rate) or use precision = 'float32'. The last good checkpoint is in "
+            f"{self.folder}; other settings begin the stage anew and remove it, so copy what you want to keep"
         )
         if rewinds >= self.loop.max_rewinds or not self._load():
             raise UserError(advice)
         self.rewinds, self.passed_over = rewinds + 1, passed_over + bad - self.step
         self.guard.forget()
         self._sums = {}
+        self._truncate_metrics(self.step)
         self.progress.record("rewind", step=self.step, from_step=bad, passed_over=self.passed_over)
         self.progress.say(
             f"warning: {self.loop.max_skipped} steps in a row were skipped; going back from step {bad} to {self.step}, "
@@ -362,7 +367,7 @@ class Trainer:
         return True
 
     def _truncate_metrics(self, step: int) -> None:
-        """Drop log lines of steps that will be run again."""
+        """Drop log lines of steps that will be run again, after an interruption or after going back."""
         path = self.progress.log_path
         if path is None or not path.exists():
             return

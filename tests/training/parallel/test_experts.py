@@ -7,17 +7,15 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import Replicate, Shard
 
-from lalia.errors import UserError
 from lalia.model.experts import MixtureOfExperts
 from lalia.model.transformer import Block, Transformer
 from lalia.training.objectives import next_token
 from lalia.training.parallel.apply import parallelize
-from lalia.training.parallel.experts import apply_experts
 from lalia.training.parallel.state import full_state, local, saved_state, whole
 from lalia.training.parallel.world import ParallelConfig, World, start
 from tests.training.parallel.ranks import run
 from tests.training.parallel.test_context import LONG, ROWS, SMALL, Step, difference, rows, step
-from tests.training.parallel.training import MIXTURE, QWEN3, make_model, make_optimizer, whole_gradients
+from tests.training.parallel.training import MIXTURE, make_model, make_optimizer, whole_gradients
 
 FOUR = MIXTURE | LONG | {"num_experts": 4}
 """4 experts, 2 for each token."""
@@ -161,13 +159,3 @@ def test_products_with_other_axes() -> None:
     for result in run(_four_ranks, 4):
         for name in LAYOUTS:
             assert difference(result[name], expected) < SMALL, name
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [(QWEN3, "expert = 2 divides experts, but the model has none"), (MIXTURE, "expert = 2 must divide .* = 3")],
-)
-def test_experts_that_do_not_divide_are_refused(values: dict[str, Any], message: str) -> None:
-    world = World(ParallelConfig(replicate=2, expert=2), torch.device("cpu"), 0, 2)
-    with pytest.raises(UserError, match=message):
-        apply_experts(make_model(values), world)

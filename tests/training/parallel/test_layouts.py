@@ -12,7 +12,7 @@ from lalia.model.config import ModelConfig
 from lalia.training.objectives import LossModule, Objective, next_token
 from lalia.training.parallel import apply, tensor
 from lalia.training.parallel.apply import GradientSync, parallelize
-from lalia.training.parallel.layout import ParallelConfig, resolve
+from lalia.training.parallel.layout import ParallelConfig, check_model, misfits, resolve
 from lalia.training.parallel.world import World, start
 from tests.training.parallel import training
 from tests.training.parallel.ranks import run
@@ -115,19 +115,41 @@ def test_broken_layouts_differ() -> None:
             assert difference > 10 * TOLERANCE, name
 
 
-def _refused() -> str:
-    model = training.make_model(QWEN3 | {"hidden_size": 33})
-    with pytest.raises(UserError) as error:
-        parallelize(model, start(ParallelConfig(shard=2)))
-    return str(error.value)
+@pytest.mark.parametrize(
+    ("model", "layout", "settings", "message"),
+    [
+        ({"hidden_size": 33}, {"shard": 2}, {}, "shard x context = 2 must divide the model's hidden_size = 33"),
+        ({"hidden_size": 34}, {"shard": 2, "context": 2}, {}, "shard x context = 4 must divide .* 34"),
+        ({}, {"tensor": 3}, {}, r"4 query heads cannot be divided by parallel.tensor = 3; .* 2 key and value heads"),
+        (
+            {"intermediate_size": 45},
+            {"tensor": 2},
+            {},
+            r"45 feed-forward units \(intermediate_size\) cannot be divided",
+        ),
+        (MIXTURE, {"tensor": 2}, {}, "num_experts = 3 are divided by parallel.expert, not by tensor"),
+        (MIXTURE, {"replicate": 2, "expert": 2}, {}, "expert = 2 must divide the model's num_experts = 3"),
+        ({}, {"replicate": 2, "expert": 2}, {}, "expert = 2 divides experts, but the model has none"),
+        ({}, {"shard": 2}, {"optimizer": "adamw8bit"}, "'adamw8bit' takes whole weights"),
+        ({}, {"tensor": 2}, {"fp8": True}, "set fp8 = false or parallel.tensor = 1"),
+    ],
+)
+def test_layouts_that_do_not_fit_are_refused(
+    model: dict[str, Any], layout: dict[str, int], settings: dict[str, Any], message: str
+) -> None:
+    shape = ModelConfig.parse(QWEN3 | model)
+    with pytest.raises(UserError, match=message):
+        check_model(ParallelConfig(**{"replicate": 1, **layout}), shape, **settings)
 
 
-def test_layouts_that_do_not_fit_are_refused() -> None:
-    assert "shard x context = 2 must divide the model's hidden_size = 33" in run(_refused, 2)[0]
-    with pytest.raises(UserError, match=r"tensor = 3 .* num_attention_heads = 4 .*; num_key_value_heads = 2 "):
-        tensor._check(ModelConfig.parse(QWEN3), 3)
-    with pytest.raises(UserError, match="num_experts = 3 are divided by pretrain.parallel.expert"):
-        tensor._check(ModelConfig.parse(MIXTURE), 2)
+def test_layouts_that_fit() -> None:
+    shape = ModelConfig.parse(QWEN3)
+    for layout in ({"shard": 2, "context": 2}, {"tensor": 2}, {"replicate": 3, "context": 3}, {"replicate": 5}):
+        assert misfits(ParallelConfig(**{"replicate": 1, **layout}), shape) == []
+    assert misfits(ParallelConfig(replicate=2), shape, "adamw8bit", fp8=True) == []
+
+
+def test_processes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(UserError, match="replicate 1 x shard 3 .* = 3 does not fit the 4 processes"):
         resolve(ParallelConfig(shard=3), 4)
     with pytest.raises(UserError, match="expert = 2 with tensor = 2 is not supported"):

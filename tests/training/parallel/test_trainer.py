@@ -6,6 +6,7 @@ In float64: AdamW's first steps turn the rounding of a gradient near zero into a
 import contextlib
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,9 +14,10 @@ import torch
 from lalia.data.loader import Batch
 from lalia.model.transformer import Transformer
 from lalia.training.config import LoopConfig
+from lalia.training.parallel.apply import gradient_norm
 from lalia.training.parallel.layout import ParallelConfig
 from lalia.training.parallel.state import full_state
-from lalia.training.parallel.world import start
+from lalia.training.parallel.world import World, start
 from tests.training.conftest import RandomBatches, make_trainer, tiny_model
 from tests.training.parallel.ranks import run
 
@@ -101,6 +103,31 @@ def test_a_run_goes_on_in_other_layouts(tmp_path: Path, alone: dict[str, Any]) -
     last = train(folder, {})
     assert asked + last["asked"] == list(range(STEPS))
     assert largest_difference(last["weights"], alone["weights"]) < TOLERANCE
+
+
+def train_with_a_norm_of_its_own(folder: str, alike: bool) -> dict[str, torch.Tensor]:
+    """The weights of this process's copy, where the second process computes another norm in one step."""
+    world = start(ParallelConfig(replicate=2))
+    model, path = double_model(), Path(folder, str(alike))
+    path.mkdir(exist_ok=True)
+    trainer = make_trainer(path, STEPS, model=model, batches=RandomBatches(rows=8), world=world)
+    trainer.progress.log_path = None
+    if not alike:
+        object.__setattr__(world, "from_main", lambda value: value)
+
+    def norm(model: Transformer, world: World) -> torch.Tensor:
+        return gradient_norm(model, world) * (float("inf") if world.rank == 1 and trainer.step == 4 else 1.0)
+
+    with mock.patch("lalia.training.trainer.gradient_norm", norm):
+        trainer.train()
+    return {name: weight.detach().clone() for name, weight in model.named_parameters()}
+
+
+def test_processes_judge_a_step_alike(tmp_path: Path) -> None:
+    """With a negative control: left to themselves, copies that differ in one norm are no copies any more."""
+    for alike in (True, False):
+        first, second = run(train_with_a_norm_of_its_own, 2, str(tmp_path), alike)
+        assert (largest_difference(first, second) == 0.0) == alike
 
 
 def test_a_batch_left_out_would_show(tmp_path: Path, alone: dict[str, Any]) -> None:

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C._distributed_c10d import GradBucket
 
-from lalia.errors import UserError
 from lalia.model.transformer import Transformer
+from lalia.training.parallel.layout import check_model
 from lalia.training.parallel.state import is_divided, local, release
 from lalia.training.parallel.world import World
 
@@ -35,6 +35,7 @@ def parallelize(model: Transformer, world: World) -> None:
         UserError: if the model does not divide as the layout asks.
     """
     layout = world.layout
+    check_model(layout, model.config)
     if layout.expert > 1:
         from lalia.training.parallel.experts import apply_experts
 
@@ -69,12 +70,6 @@ def _shard(model: Transformer, world: World) -> None:
     assert world.weights is not None
     # Along a replicate axis of one, gradients would be sent to nobody.
     mesh = world.weights["shard"] if world.layout.replicate == 1 else world.weights["replicate", "shard"]
-    ranks = world.weights["shard"].size()
-    if model.config.hidden_size % ranks:
-        raise UserError(
-            f"pretrain.parallel: shard x context = {ranks} must divide the model's hidden_size = "
-            f"{model.config.hidden_size}"
-        )
     kept_whole = set(_left_to_sync(model))
     by_columns = {p for name, p in model.named_parameters() if name.endswith(_DIVIDED_BY_COLUMNS)}
 
@@ -96,8 +91,8 @@ def _shard(model: Transformer, world: World) -> None:
     model.register_forward_pre_hook(lambda module, _: release(module), prepend=True)
 
 
-_DIVIDED_BY_COLUMNS = ("attention.qkv.weight", "feed_forward.up.weight")
-"""Their rows are pieces of different sizes, which tensor-parallel ranks divide."""
+_DIVIDED_BY_COLUMNS = ("attention.qkv.weight", "feed_forward.up.weight", "feed_forward.router")
+"""Their rows are pieces of different sizes, which tensor-parallel ranks divide, or the few of a router."""
 
 
 def _left_to_sync(model: nn.Module) -> list[nn.Parameter]:

@@ -15,7 +15,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from lalia.errors import UserError
 from lalia.model.experts import MixtureOfExperts, inverse
 from lalia.model.transformer import Transformer
 from lalia.training.parallel.state import local
@@ -26,22 +25,11 @@ def apply_experts(model: Transformer, world: World) -> None:
     """Divide the experts' weights among the ranks of a group, in place; they must be the same on every rank.
 
     `up` and `down` become DTensors over `World.experts`, Shard(0) along "expert" and Replicate() along "copies". A
-    rank's gradients are those of all rows of its group; the sum along "copies" is GradientSync's.
-
-    Raises:
-        UserError: if the model's experts do not divide evenly.
+    rank's gradients are those of all rows of its group; the sum along "copies" is GradientSync's. `layout.misfits`
+    must agree.
     """
     size = world.layout.expert
     mixtures = [module for module in model.modules() if isinstance(module, MixtureOfExperts)]
-    if not mixtures:
-        raise UserError(
-            f"pretrain.parallel.expert = {size} divides experts, but the model has none; set it to 1, or give the "
-            "model num_experts"
-        )
-    if model.config.num_experts % size:
-        raise UserError(
-            f"pretrain.parallel.expert = {size} must divide the model's num_experts = {model.config.num_experts}"
-        )
     assert world.experts is not None
     rank, group = world.experts.get_local_rank("expert"), world.experts.get_group("expert")
     for module in mixtures:

@@ -14,7 +14,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
-from lalia.errors import UserError
 from lalia.model.config import ModelConfig
 from lalia.model.experts import Linear
 from lalia.model.functions import linear
@@ -24,15 +23,10 @@ from lalia.training.parallel.world import World
 
 
 def apply_tensor(model: Transformer, world: World) -> None:
-    """Divide the layers' matrices among the ranks of a tensor-parallel group, in place.
-
-    Raises:
-        UserError: if the model's heads or feed-forward units do not divide evenly.
-    """
+    """Divide the layers' matrices among the ranks of a tensor-parallel group, in place; `layout.misfits` must agree."""
     assert world.weights is not None
     mesh = world.weights["tensor"]
     config = model.config
-    _check(config, mesh.size())
     share = config.model_copy(
         update={
             "num_attention_heads": config.num_attention_heads // mesh.size(),
@@ -53,22 +47,6 @@ def apply_tensor(model: Transformer, world: World) -> None:
         attention = layer.get_submodule("attention")
         assert isinstance(attention, Attention)
         attention.config = share  # it counts its own heads
-
-
-def _check(config: ModelConfig, size: int) -> None:
-    problems = [
-        f"{name} = {value} is not a multiple of it"
-        for name, value in (
-            ("num_attention_heads", config.num_attention_heads),
-            ("num_key_value_heads", config.num_key_value_heads),
-            ("intermediate_size", config.intermediate_size),
-        )
-        if value % size
-    ]
-    if config.num_experts:
-        problems.append(f"layers with num_experts = {config.num_experts} are divided by pretrain.parallel.expert")
-    if problems:
-        raise UserError(f"pretrain.parallel.tensor = {size} does not fit the model: {'; '.join(problems)}")
 
 
 class _Rows(ParallelStyle):

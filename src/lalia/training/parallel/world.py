@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
 from lalia.devices import num_processes
+from lalia.errors import UserError
 from lalia.training.parallel.layout import AXES, ParallelConfig, resolve
 
 
@@ -78,6 +79,12 @@ class World:
             dist.all_reduce(value, group=group)
         return value
 
+    def from_main(self, value: Tensor) -> Tensor:
+        """The first process's value, in all (in place); on the device, so that no process has to wait."""
+        if self.size > 1:
+            dist.broadcast(value, 0)
+        return value
+
     def agree(self, *flags: bool) -> list[bool]:
         """Each flag, True if it is True in any process; on the host, so that no device has to wait."""
         if self.size == 1:
@@ -91,12 +98,17 @@ def start(config: ParallelConfig, timeout_seconds: float = 600.0) -> World:
     """Join the processes that torchrun (or whoever sets its environment variables) started; alone without it.
 
     Raises:
-        UserError: if the layout does not fit the number of processes.
+        UserError: if the layout does not fit the number of processes, or there are more of them than GPUs.
     """
     size = num_processes()
     layout = resolve(config, size)
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    cuda, local_rank = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", "0"))
+    if cuda and local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"this machine has {torch.cuda.device_count()} GPUs and process {local_rank} of it has none; start as many "
+            "processes as there are GPUs (torchrun --nproc-per-node gpu ...)"
+        )
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if size == 1:
         return World(layout, device)
     if cuda:
