@@ -144,6 +144,7 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Show what a budget gives on this machine or on others, and why."""
+    from lalia.devices import process_rank
     from lalia.progress import Progress
 
     if minutes is not None and budget is not None:
@@ -157,6 +158,8 @@ def plan(
     }
     overrides += [f"{key}={value}" for key, value in asked.items() if value is not None]
     progress = Progress(quiet=True)
+    if process_rank() > 0:  # one of those that torchrun started is enough
+        return
     if fit:
         _fit(source, overrides, law, progress, as_json)
         return

@@ -94,7 +94,7 @@ def run_lock(folder: Path) -> Iterator[None]:
     """Hold the run folder exclusively; the kernel releases it when the process ends, however it ends.
 
     Raises:
-        UserError: if another process holds it (its pid is named) or the folder cannot be written.
+        UserError: if another process holds it (its pid is named), or the folder cannot be written or locked.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -112,6 +112,11 @@ def run_lock(folder: Path) -> Iterator[None]:
             raise UserError(
                 f"{folder} is in use by a running process (pid {pid}); wait for it, stop it, or choose another "
                 "folder with --run FOLDER"
+            ) from None
+        except OSError as error:
+            raise UserError(
+                f"{folder} lies on a file system that cannot lock files ({error.strerror}); choose another with "
+                "--run FOLDER"
             ) from None
         file.seek(0)
         file.truncate()

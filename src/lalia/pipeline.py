@@ -202,17 +202,48 @@ def _help(run: Run, stage: Stage) -> dict[str, Any]:
     """The part of a process that is not the first: train together, wait for everything else."""
     mark = stage_fingerprint(run, stage)
     partial = _partial(run, stage)
-    while status(run, stage)[0] != "done":
-        begun = _started(partial)
-        if stage.together and begun is not None and begun["fingerprint"] == mark and _receipt(partial) is None:
+    deadline = time.monotonic() + OTHER_WORK_SECONDS
+    while not _finished(run, stage):
+        other = None if _begun(partial, mark) else _other_work(run, stage)
+        if other is None:
+            deadline = time.monotonic() + OTHER_WORK_SECONDS
+        elif time.monotonic() > deadline:
+            raise UserError(
+                f"the first process works on {stage.name} with other inputs than this one sees ({other}); start all "
+                "with the same command, and keep the text and the run folder where every machine sees the same files"
+            )
+        if stage.together and _begun(partial, mark):
             stage.make(run, partial, mark)
             break
         time.sleep(POLL_SECONDS)
-    while status(run, stage)[0] != "done":
+    while not _finished(run, stage):
         time.sleep(POLL_SECONDS)
     return read_json(run.path(stage.name) / "receipt.json")["summary"]
 
 
+def _other_work(run: Run, stage: Stage) -> str | None:
+    """In what the work that was begun differs from this process's; None if it does not, or none was begun."""
+    with contextlib.suppress(CorruptFile, FileNotFoundError):
+        begun = _started(_partial(run, stage))
+        return None if begun is None else _difference(begun["identity"], _identity(run, stage)) or None
+    return None
+
+
+def _finished(run: Run, stage: Stage) -> bool:
+    with contextlib.suppress(CorruptFile, FileNotFoundError):  # the first process is moving the folder, or will say so
+        return status(run, stage)[0] == "done"
+    return False
+
+
+def _begun(partial: Path, mark: str) -> bool:
+    with contextlib.suppress(CorruptFile, FileNotFoundError):  # likewise
+        begun = _started(partial)
+        return begun is not None and begun["fingerprint"] == mark and _receipt(partial) is None
+    return False
+
+
+OTHER_WORK_SECONDS = 60.0
+"""How long what was begun may be of other settings: until the first process has removed an older run's rest."""
 POLL_SECONDS = 0.2
 """Between two looks of a waiting process at the first one's progress. If the first dies, torchrun ends the others."""
 
