@@ -20,8 +20,9 @@ demo: $(VENV)/.demo
 			"$(RUN)/report.html                        what happened, in pictures: open it in a browser"; \
 	fi
 
+# One process per processor, each with one thread: most tests wait for imports and for processes of their own.
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
