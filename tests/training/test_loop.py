@@ -109,10 +109,11 @@ def test_a_signal_saves_and_ends(
             return super().batch(step)
 
     trainer = make_trainer(tmp_path, batches=Signals(), checkpoint_seconds=1e6)
+    before = signal.getsignal(number)  # whoever started the tests may ignore it
     with pytest.raises(error):
         trainer.train()
     assert 4 <= trainer.step < 12
-    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+    assert signal.getsignal(number) == before
     resumed = make_trainer(tmp_path, checkpoint_seconds=1e6)
     said: list[str] = []
     resumed.progress.say = said.append  # type: ignore[method-assign]
