@@ -15,9 +15,10 @@ from torch import Tensor
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weight^T + bias, with the weights cast to the activation's dtype.
 
-    On a CPU with AVX-512, float32 products of forward and of the input's gradient go to oneDNN, which PyTorch bundles
-    and uses for bfloat16 but not for float32; there it calls MKL, which on AMD processors does without AVX-512 and is
-    a third slower (benchmarks/kernels.py). The gradient of the weight is as fast in MKL and stays there.
+    On an AMD processor with AVX-512, float32 products of forward and of the input's gradient go to oneDNN, which
+    PyTorch bundles and uses for bfloat16 but not for float32; there it calls MKL, which on those does without AVX-512
+    and is a third slower. On Intel's, MKL is the faster one (benchmarks/kernels.py), and on both for the gradient of
+    the weight.
 
     Args:
         x: (..., in_features)
@@ -35,7 +36,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-_PREFERS_ONEDNN = _HAS_ONEDNN and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def _is_amd() -> bool:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return "AuthenticAMD" in file.read(4096)
+    except OSError:  # not Linux
+        return False
+
+
+_PREFERS_ONEDNN = _HAS_ONEDNN and torch.backends.cpu.get_cpu_capability() == "AVX512" and _is_amd()
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
