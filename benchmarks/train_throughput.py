@@ -109,7 +109,7 @@ def ours(shape: Shape, compiled: bool) -> tuple[torch.nn.Module, Speed]:
     from lalia.data.loader import Batch
     from lalia.model.shapes import ArchitectureConfig
     from lalia.model.transformer import Transformer
-    from lalia.planning.layout import TOKENS_PER_THREAD, largest_part
+    from lalia.planning.layout import TOKENS_PER_THREAD, rows_within
     from lalia.progress import Progress
     from lalia.training.config import LoopConfig, OptimizerConfig
     from lalia.training.objectives import next_token
@@ -143,8 +143,8 @@ def ours(shape: Shape, compiled: bool) -> tuple[torch.nn.Module, Speed]:
             )
 
     batches = Pool()
-    at_once = max(1, TOKENS_PER_THREAD * torch.get_num_threads() // shape.sequence_length)
-    micro_rows = largest_part(shape.batch_size, at_once)  # as a plan for a CPU chooses
+    at_once = TOKENS_PER_THREAD * torch.get_num_threads()
+    micro_rows = rows_within(shape.batch_size, at_once, shape.sequence_length)  # as a plan for a CPU chooses
     trainer = Trainer(
         model=model,
         batches=batches,

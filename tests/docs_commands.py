@@ -133,8 +133,8 @@ def make(folder: Path, arguments: list[str]) -> int:
 def torchrun(folder: Path, arguments: list[str]) -> int:
     """The processes of one machine, each a client in a process of its own."""
     options, verb = arguments[: arguments.index("--")], arguments[arguments.index("--") + 1 :]
-    known = {"--nnodes", "--nproc-per-node", "--max-restarts", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id"}
-    known.add("--shutdown-timeout")
+    known = {f"--rdzv-{name}" for name in ("backend", "endpoint", "id")}
+    known |= {"--nnodes", "--nproc-per-node", "--max-restarts", "--shutdown-timeout"}
     names = options[:-1:2]
     if options[-1:] != ["-m"] or verb[:1] != ["lalia"] or not {*names} <= known:
         print(f"torchrun (stand-in): expected {sorted(known)} and -m -- lalia VERB; got {arguments}", file=sys.stderr)

@@ -204,15 +204,16 @@ def _help(run: Run, stage: Stage) -> dict[str, Any]:
     partial = _partial(run, stage)
     deadline = time.monotonic() + OTHER_WORK_SECONDS
     while not _finished(run, stage):
-        other = None if _begun(partial, mark) else _other_work(run, stage)
-        if other is None:
+        begun = _begun(partial)
+        if begun is None or begun["fingerprint"] == mark:
             deadline = time.monotonic() + OTHER_WORK_SECONDS
         elif time.monotonic() > deadline:
+            other = _difference(begun["identity"], _identity(run, stage))
             raise UserError(
                 f"the first process works on {stage.name} with other inputs than this one sees ({other}); start all "
                 "with the same command, and keep the text and the run folder where every machine sees the same files"
             )
-        if stage.together and _begun(partial, mark):
+        if stage.together and begun is not None and begun["fingerprint"] == mark:
             stage.make(run, partial, mark)
             break
         time.sleep(POLL_SECONDS)
@@ -221,25 +222,17 @@ def _help(run: Run, stage: Stage) -> dict[str, Any]:
     return read_json(run.path(stage.name) / "receipt.json")["summary"]
 
 
-def _other_work(run: Run, stage: Stage) -> str | None:
-    """In what the work that was begun differs from this process's; None if it does not, or none was begun."""
-    with contextlib.suppress(CorruptFile, FileNotFoundError):
-        begun = _started(_partial(run, stage))
-        return None if begun is None else _difference(begun["identity"], _identity(run, stage)) or None
-    return None
-
-
 def _finished(run: Run, stage: Stage) -> bool:
     with contextlib.suppress(CorruptFile, FileNotFoundError):  # the first process is moving the folder, or will say so
         return status(run, stage)[0] == "done"
     return False
 
 
-def _begun(partial: Path, mark: str) -> bool:
+def _begun(partial: Path) -> dict[str, Any] | None:
+    """What the first process has begun there and not finished."""
     with contextlib.suppress(CorruptFile, FileNotFoundError):  # likewise
-        begun = _started(partial)
-        return begun is not None and begun["fingerprint"] == mark and _receipt(partial) is None
-    return False
+        return None if _receipt(partial) is not None else _started(partial)
+    return None
 
 
 OTHER_WORK_SECONDS = 60.0

@@ -6,6 +6,7 @@ or were measured in LOG.md, and each value says which.
 
 import math
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from lalia.model.config import ModelConfig
 from lalia.model.shapes import ArchitectureConfig
 from lalia.planning.law import effective_bytes, load_law
 from lalia.planning.layout import FILL, NODE, TOKENS_PER_THREAD, Placement, place
-from lalia.planning.memory import Checkpointing, Memory, parameters, training_memory
+from lalia.planning.memory import parameters, training_memory
 from lalia.planning.rules import (
     FEW_EPOCHS,
     MOST_EPOCHS,
@@ -108,6 +109,12 @@ class _Planner:
         self.accelerator = self.sheet is not None or self.here != "cpu"
         self.devices = recipe.plan.devices or num_processes()
         self.device_bytes = self._device_bytes(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        self.memory = partial(
+            training_memory,
+            accelerator=self.accelerator,
+            optimizer=self.config.optimizer.kind,
+            average=self.config.average_decay > 0,
+        )
         self.asked_layout = None if self.config.parallel == ParallelConfig() else self.config.parallel
         self.values: dict[str, dict[str, Any]] = {}
         self.calibration: dict[str, Any] = {}
@@ -365,7 +372,7 @@ class _Planner:
             schedule.lengths(),
             self.devices,
             FILL * self.device_bytes,
-            lambda rows, checkpointing, layout: self._memory(shape, rows, length, precision, checkpointing, layout),
+            lambda rows, checkpointing, layout: self.memory(shape, rows, length, precision, checkpointing, layout),
             lambda layout: self._misfits(layout, shape),
             self.asked_layout,
             self.config.micro_batch_size,
@@ -379,23 +386,11 @@ class _Planner:
         problems = [misfits(layout, shape, stage.optimizer.kind, stage.fp8) for stage in stages]
         return list(dict.fromkeys(problem for each in problems for problem in each))
 
-    def _memory(
-        self,
-        shape: ModelConfig,
-        rows: int,
-        length: int,
-        precision: str,
-        checkpointing: Checkpointing = "none",
-        layout: ParallelConfig | None = None,
-    ) -> Memory:
-        kind, average = self.config.optimizer.kind, self.config.average_decay > 0
-        return training_memory(shape, rows, length, precision, checkpointing, layout, self.accelerator, kind, average)
-
     def _too_large(self, shape: ModelConfig, rows: int, length: int, precision: str) -> UserError:
-        one = self._memory(shape, 1, length, precision, "full", ParallelConfig(shard=self.devices))
+        one = self.memory(shape, 1, length, precision, "full", ParallelConfig(shard=self.devices))
         asked = self.config.micro_batch_size
         if asked is not None:
-            one = self._memory(shape, asked, length, precision)
+            one = self.memory(shape, asked, length, precision)
         what = "the machine has" if self.devices == 1 and self.sheet is None else "each device has"
         return UserError(
             f"this plan needs about {one.total / 2**30:.1f} GiB of memory{'' if asked else ' even row by row'} and "
@@ -450,7 +445,7 @@ class _Planner:
             one for one in candidates(architecture, self.vocab_size, length) if one.hidden_size < shape.hidden_size
         ]
         for one in [shape, *reversed(smaller)]:
-            needed = self._memory(one, rows, length, precision)
+            needed = self.memory(one, rows, length, precision)
             if needed.total <= FILL * self.device_bytes:
                 return one
         raise self._too_large(shape, rows, length, precision)

@@ -87,7 +87,7 @@ def place(
         share = sizes[-1] // groups
         most = share
         if most_tokens is not None and layout.shard == 1:  # shards are gathered anew for every micro-batch
-            most = largest_part(share, max(1, most_tokens * layout.context // length))
+            most = rows_within(share, most_tokens * layout.context, length)
         micro = _largest(
             share, most, limit, lambda n, c=checkpointing, w=layout: memory(n, c, w).total, asked_micro_rows
         )
@@ -142,8 +142,9 @@ def _powers(most: int) -> list[int]:
     return sorted({*(2**i for i in range(most.bit_length()) if 2**i <= most), most})
 
 
-def largest_part(share: int, most: int) -> int:
-    """The largest divisor of `share` that is at most `most`."""
+def rows_within(share: int, tokens: int, length: int) -> int:
+    """The most rows of `length` tokens, a divisor of `share`, that hold at most `tokens`; at least one."""
+    most = max(1, tokens // length)
     return next(n for n in range(min(share, most), 0, -1) if share % n == 0)
 
 
