@@ -10,7 +10,8 @@ process had before it imported the contestant (Python, PyTorch, this script).
 Everyone trains at the same width, depth, sequence length, batch and vocabulary, in the same number type, on the same
 threads, with its own model, loss, gradient clipping and optimizer, on the same random tokens. Each contestant lives in
 a process of its own and waits while the others are measured; the rounds go A B C D A B C D ... Peers run twice, as
-they are and with torch.compile (or without, where compiled is how they are); the ratio is to a peer's faster variant.
+they are and with torch.compile (or without, where compiled is how they are), and so do we; the ratio is of the faster
+variants.
 """
 
 import argparse
@@ -79,6 +80,7 @@ class Contestant:
 
 CONTESTANTS = (
     Contestant("ours", False, "Transformer, Trainer step (Muon + AdamW)"),
+    Contestant("ours", True, "with pretrain.compile = true, as a plan for minutes chooses where it pays"),
     Contestant("nanogpt", False, "as its README says for CPU"),
     Contestant("nanogpt", True, "its default"),
     Contestant("nanochat", True, "as scripts/base_train.py does"),
@@ -153,7 +155,7 @@ def ours(shape: Shape, compiled: bool) -> tuple[torch.nn.Module, Speed]:
         optimizer=OptimizerConfig(),
         folder=Path(tempfile.mkdtemp()),
         run_fingerprint="",
-        loop=LoopConfig(micro_batch_size=micro_rows),
+        loop=LoopConfig(micro_batch_size=micro_rows, compile=compiled),
         progress=Progress(quiet=True),
     )
 
@@ -453,7 +455,8 @@ def summarize(workers: Sequence[Worker], rounds: Sequence[Sequence[dict[str, Any
                 "tokens_per_second_rounds": speeds,
             }
         )
-    mine = next((row for row in rows if row["name"] == "ours"), None)
+    own = [row for row in rows if row["name"] == "ours"]
+    mine = max(own, key=lambda row: row["tokens_per_second"], default=None)
     ratios: dict[str, Any] = {}
     for name in dict.fromkeys(row["name"] for row in rows if row["name"] != "ours"):
         best = max((row for row in rows if row["name"] == name), key=lambda row: row["tokens_per_second"])

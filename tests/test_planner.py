@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch._dynamo.exc import TorchDynamoException
 
 from lalia.devices import cgroup_memory_limit
 from lalia.errors import UserError
@@ -18,6 +19,7 @@ from lalia.recipe import Recipe
 from lalia.training.config import Amount, OptimizerConfig, TrainingConfig, parse_budget, parse_time
 from lalia.training.optimizers import learning_rates
 from lalia.training.parallel.layout import ParallelConfig
+from lalia.training.pretrain import uncompiled_seconds_per_step
 
 TRAIN_BYTES = 5_000_000
 MANIFEST = {
@@ -45,6 +47,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[ModelConfig]:
 
     monkeypatch.setattr("lalia.planner.measure_step", step_seconds)
     monkeypatch.setattr("lalia.planner.memory_bytes", lambda: 16 * 2**30)
+    monkeypatch.setattr("lalia.planner.find_compiler", lambda: None)
     return shapes
 
 
@@ -483,3 +486,48 @@ def test_a_real_step_takes_time() -> None:
     shape = Recipe().model.build(320, 16, 32, 1)
     assert 0 < measure_step(shape, rows=1, length=16, precision="float32", steps=1) < 30
     assert 0 < measure_step(shape, rows=1, length=16, precision="float32", steps=1, parts=3) < 30
+
+
+def compiling(monkeypatch: pytest.MonkeyPatch, factor: float, error: RuntimeError | None = None) -> None:
+    """A machine with a C++ compiler whose compiled steps take `factor` times as long."""
+
+    def step_seconds(*arguments: Any) -> float:
+        shape, rows, length, _, _, parts, _, config = arguments
+        if config.compile and error is not None:
+            raise error
+        seconds = shape.flops_per_token(length) * rows * parts * length / FLOPS_PER_SECOND
+        return seconds * (factor if config.compile else 1.0)
+
+    monkeypatch.setattr("lalia.planner.measure_step", step_seconds)
+    monkeypatch.setattr("lalia.planner.find_compiler", lambda: "g++")
+
+
+@pytest.mark.usefixtures("measured")
+def test_layers_are_compiled_where_that_was_measured_to_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiling(monkeypatch, 0.8)
+    plain, short = plan({"budget": "6 minutes", "compile": False}), plan({"budget": "1 minute"})
+    made = plan({"budget": "6 minutes"})
+    assert values(made)["compile"] is True
+    assert "20% less time" in made["values"]["compile"]["reason"]
+    assert values(made)["steps"] == pytest.approx(values(plain)["steps"] / 0.8, rel=0.01)
+    assert uncompiled_seconds_per_step(made) == pytest.approx(uncompiled_seconds_per_step(plain), rel=0.01)
+    assert values(short)["compile"] is False
+    assert values(plain)["compile"] is False
+    compiling(monkeypatch, 1.1)
+    slower = plan({"budget": "6 minutes"})
+    assert values(slower)["compile"] is False
+    assert values(slower)["steps"] == values(plain)["steps"]
+
+
+@pytest.mark.usefixtures("measured")
+def test_without_a_working_compiler_the_plan_says_so_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiling(monkeypatch, 0.8, TorchDynamoException("no Python.h"))
+    made = plan({"budget": "6 minutes"})
+    assert values(made)["compile"] is False
+    assert "no Python.h" in made["values"]["compile"]["reason"]
+    compiling(monkeypatch, 0.8, RuntimeError("out of memory"))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        plan({"budget": "6 minutes"})
+    compiling(monkeypatch, 0.8)
+    monkeypatch.setattr("lalia.planner.find_compiler", lambda: None)
+    assert "no C++ compiler" in plan({"budget": "6 minutes"})["values"]["compile"]["reason"]

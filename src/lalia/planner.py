@@ -6,6 +6,8 @@ or were measured in LOG.md, and each value says which.
 
 import math
 import os
+import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,7 @@ from lalia.planning.speed import (
 )
 from lalia.progress import Progress
 from lalia.recipe import Recipe
+from lalia.training.compilation import compiler_failure, find_compiler
 from lalia.training.config import Amount, TrainingConfig, parse_budget
 from lalia.training.hardware import device_name, find_datasheet
 from lalia.training.parallel.layout import ParallelConfig, misfits
@@ -54,6 +57,8 @@ LARGE_WIDTHS = (1280, 1536, 2048, 2560, 3072, 4096, 5120, 6144, 8192)
 
 LEAST_STEPS = 20
 """A model that gets fewer steps has learned nothing worth the name."""
+COMPILED_FROM_SECONDS = 120
+"""Shorter runs are over before compiling has paid: a first compilation takes half a minute on two processors."""
 TIME_ACCURACY = 0.2
 """Relative error of the time that a measured speed should keep to: the target of benchmarks/planner_accuracy.py."""
 
@@ -148,7 +153,13 @@ class _Planner:
         if placement is None:
             raise self._too_large(shape, rows, length, precision)
         self._describe_placement(placement)
-        speed = self._speed(shape, placement, rows, length, precision, steps=9)
+        speed = self._compilation(
+            budget,
+            shape,
+            self._mean_rows(rows) * length,
+            length,
+            partial(self._speed, shape, placement, rows, length, precision, steps=9),
+        )
         steps = self._steps(budget, shape, speed, self._mean_rows(rows) * length, length)
         self._describe(shape, reason)
         tokens = length * _schedule(self.config, rows, length, steps).total_rows()
@@ -419,9 +430,16 @@ class _Planner:
         return [seconds * relative_cost(shape, probe, length) for shape, _ in placed]
 
     def _speed(
-        self, shape: ModelConfig, placement: Placement, rows: int, length: int, precision: str, steps: int
+        self,
+        shape: ModelConfig,
+        placement: Placement,
+        rows: int,
+        length: int,
+        precision: str,
+        steps: int,
+        config: TrainingConfig | None = None,
     ) -> Speed:
-        """Of a mean step, smaller batches included."""
+        """Of a mean step, smaller batches included; with other settings than the recipe's if given."""
         layout, mean = placement.layout, self._mean_rows(rows)
         if self.sheet is not None:
             return estimated_step(
@@ -431,12 +449,60 @@ class _Planner:
         if layout.shard * layout.tensor * layout.context > 1:  # what no device holds alone is not measured on one
             probe = self._measurable(shape, placement.micro_rows, length, precision)
         parts = mean / placement.data_groups() / placement.micro_rows
-        seconds = measure_step(probe, placement.micro_rows, length, precision, steps, parts, self.here, self.config)
+        config = config or self.config
+        seconds = measure_step(probe, placement.micro_rows, length, precision, steps, parts, self.here, config)
         seconds *= relative_cost(shape, probe, length) * RECOMPUTED[placement.checkpointing]
         seconds /= layout.tensor * layout.context
         seconds = with_communication(seconds, shape, layout, self._link())
         how = "measured here" if probe is shape else f"measured here at width {probe.hidden_size}"
         return Speed(seconds, seconds * (1 - TIME_ACCURACY), seconds * (1 + TIME_ACCURACY), how)
+
+    def _compilation(
+        self,
+        budget: Amount | None,
+        shape: ModelConfig,
+        per_step: float,
+        length: int,
+        measure: Callable[..., Speed],
+    ) -> Speed:
+        """Decide whether the layers are compiled: where it saves more time than it takes, both measured."""
+        speed = measure()
+        if self.config.compile is not None:
+            self.set("compile", self.config.compile, "set in the recipe")
+            return speed
+        steps = self.config.steps
+        if steps is None:
+            assert budget is not None
+            steps = self._affordable(budget, shape, speed.seconds_per_step, per_step, length)
+        expected = steps * speed.seconds_per_step
+        reason = ""
+        if self.sheet is not None or self.devices > 1:
+            reason = "measured for one device that is here only; set pretrain.compile = true to have it"
+        elif expected < COMPILED_FROM_SECONDS:
+            reason = f"runs of less than {COMPILED_FROM_SECONDS} s do not begin with a compiler"
+        elif self.here == "cpu" and find_compiler() is None:
+            reason = "there is no C++ compiler (g++ or clang++) here"
+        if reason:
+            self.set("compile", False, reason)
+            return speed
+        self.progress.say("compiling the layers, to see whether that pays")
+        began = time.perf_counter()
+        try:
+            compiled = measure(config=self.config.model_copy(update={"compile": True}))
+        except RuntimeError as error:
+            failure = compiler_failure(error)
+            if failure is None:
+                raise
+            self.set("compile", False, f"it failed here: {failure}")
+            return speed
+        took = time.perf_counter() - began
+        gain = 1 - compiled.seconds_per_step / speed.seconds_per_step
+        pays = gain * expected > took
+        self.calibration["uncompiled_seconds_per_step"] = speed.seconds_per_step
+        self.calibration["compilation_seconds"] = round(took, 1)
+        what = f"{gain:.0%} less time per step" if gain >= 0 else f"{-gain:.0%} more time per step"
+        self.set("compile", pays, f"{what}, measured; {took:.0f} s to compile and measure")
+        return compiled if pays else speed
 
     def _measurable(self, shape: ModelConfig, rows: int, length: int, precision: str) -> ModelConfig:
         """The widest model up to this one that a single device holds."""

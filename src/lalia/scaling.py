@@ -13,6 +13,7 @@ from lalia.planning.ladder import commands, fit_runs, rungs
 from lalia.planning.speed import relative_cost
 from lalia.progress import Progress
 from lalia.recipe import Recipe, toml_value
+from lalia.training.pretrain import uncompiled_seconds_per_step
 
 
 def fit_and_plan(
@@ -71,7 +72,7 @@ def plan_ladder(
     values = {name: entry["value"] for name, entry in plan["values"].items()}
     shape, length = ModelConfig.parse(plan["model"], "plan"), values["sequence_length"]
     shapes = candidates(free_size(recipe).model, shape.vocab_size, length)
-    per_step = plan["predicted"]["seconds_per_step"]
+    per_step = uncompiled_seconds_per_step(plan)
     sizes = [(one.hidden_size, one.num_hidden_layers, per_step * relative_cost(one, shape, length)) for one in shapes]
     chosen = max((i for i, size in enumerate(sizes) if size[0] <= shape.hidden_size), default=0)
     made = rungs(sizes, chosen, plan["predicted"]["seconds"])

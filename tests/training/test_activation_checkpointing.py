@@ -1,4 +1,4 @@
-"""Activation checkpointing, compilation and float8: the same losses and gradients, less memory, clear refusals."""
+"""Activation checkpointing and float8: the same losses and gradients, less memory, clear refusals."""
 
 from typing import Any
 from unittest import mock
@@ -9,7 +9,6 @@ import torch
 from lalia.errors import UserError
 from lalia.model.transformer import Transformer
 from lalia.training.activation_checkpointing import _checkpoint, checkpoint_activations
-from lalia.training.compilation import compile_layers
 from lalia.training.fp8 import convert_to_fp8
 from lalia.training.linear_cross_entropy import linear_cross_entropy
 from tests.training.conftest import tiny_model
@@ -90,8 +89,6 @@ def test_refusals() -> None:
         checkpoint_activations(tiny_model(), "some")  # pyright: ignore[reportArgumentType]
     with pytest.raises(UserError, match="choose full or none"):
         checkpoint_activations(wide_model(num_experts=4, num_experts_per_token=2), "selective")
-    with pytest.raises(UserError, match="on cpu"):
-        compile_layers(tiny_model())
     with pytest.raises(UserError, match="on cpu"):
         convert_to_fp8(wide_model())
 

@@ -136,7 +136,8 @@ def choose_kernel(
 ) -> Literal["blocked", "flex", "fused", "plain"]:
     """Which computation `attend` uses, by device.
 
-    CPU: blocked products to train a causal model, else PyTorch's fused kernel. CUDA: FlexAttention for windows and
+    CPU: blocked products to train a causal model, else (and where torch.compile has fused what is around it) PyTorch's
+    fused kernel. CUDA: FlexAttention for windows and
     documents, whose cost is that of the allowed blocks; PyTorch's fused kernel where no mask is needed. Elsewhere the
     fused kernel, with a square mask. Plain products for a soft-cap, everywhere.
     """
@@ -144,7 +145,7 @@ def choose_kernel(
         return "plain"
     if query.device.type == "cuda" and isinstance(mask, Pattern):
         return "flex"
-    trains = torch.is_grad_enabled() and query.requires_grad
+    trains = torch.is_grad_enabled() and query.requires_grad and not torch.compiler.is_compiling()
     square = causal and query.shape[2] == key.shape[2]
     return "blocked" if trains and square and query.device.type == "cpu" else "fused"
 

@@ -2,7 +2,8 @@
 
 On a CPU these parts are bound by memory traffic, and PyTorch's eager composites make many passes and keep every
 intermediate. Here each keeps what is dear to compute again and nothing else. tests/model/test_functions.py compares
-every one with the textbook expression under double precision.
+every one with the textbook expression under double precision. What torch.compile traces is that expression itself:
+it joins the passes, forward and backward.
 """
 
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.compiler import is_compiling
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -28,7 +30,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         (..., out_features)
     """
-    if x.device.type == "cpu" and x.numel() >= 1 << 16:  # below, the overhead of the call counts for more
+    # Small inputs: there the overhead of the call counts for more.
+    if x.device.type == "cpu" and x.numel() >= 1 << 16 and not is_compiling():
         if torch.is_grad_enabled():
             return _Linear.apply(x, weight, bias)
         return _product(x, weight, bias)
@@ -88,7 +91,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         weight: (size,) in any floating dtype, or None for no scale.
         eps: added to the mean square.
     """
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or is_compiling():
         return F.rms_norm(x, x.shape[-1:], None if weight is None else weight.to(x.dtype), eps)
     if torch.is_grad_enabled():
         return _RMSNorm.apply(x, weight, eps)
@@ -144,6 +147,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Returns:
         (batch, heads, seq, head_dim), contiguous.
     """
+    if is_compiling():
+        return _rotate_textbook(x.transpose(1, 2), cos, sin)
     if torch.is_grad_enabled() and x.requires_grad:
         return _Rotate.apply(x, cos, sin)
     return _rotate(x.transpose(1, 2), cos, sin)
@@ -161,6 +166,14 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # x (batch, heads, 
     turned[..., :half].addcmul_(x[..., half:], sin[..., :half])
     turned[..., half:].addcmul_(x[..., :half], sin[..., half:])
     return out
+
+
+def _rotate_textbook(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # x (batch, heads, seq, head_dim)
+    cos, sin = _over_heads(cos), _over_heads(sin)
+    turned, rest = x.tensor_split((cos.shape[-1],), -1)
+    first, second = turned.chunk(2, -1)
+    turned = turned * cos + torch.cat((second, first), -1) * sin
+    return torch.cat((turned, rest), -1) if rest.shape[-1] else turned.contiguous()
 
 
 def _over_heads(table: Tensor) -> Tensor:
@@ -192,6 +205,9 @@ def swiglu(gate_up: Tensor) -> Tensor:
     Returns:
         (..., size)
     """
+    if is_compiling():
+        gate, up = gate_up.chunk(2, -1)
+        return F.silu(gate) * up
     if torch.is_grad_enabled() and gate_up.requires_grad:
         on_cpu = gate_up.device.type == "cpu"
         return _SwiGLU.apply(gate_up, on_cpu and not gate_up.is_leaf and gate_up.is_contiguous())
@@ -237,6 +253,8 @@ class _SwiGLU(torch.autograd.Function):
 
 def relu_squared(x: Tensor) -> Tensor:
     """relu(x) ** 2 (So et al. 2021)."""
+    if is_compiling():
+        return torch.relu(x).square()
     if torch.is_grad_enabled() and x.requires_grad:
         return _ReluSquared.apply(x)
     return torch.relu(x).square_()

@@ -186,6 +186,8 @@ class Transformer(nn.Module):
             x = x + self.type_embedding(types).to(x.dtype)
         if self.embedding_norm is not None:
             x = self.embedding_norm(x)
+        if self.training:
+            context.prepare()
         for layer in self.layers:
             x = layer(x, context)
         return x if self.norm is None else self.norm(x)
@@ -277,6 +279,13 @@ class Context:
             key, value = self.cache.append(layer, key, value, self.positions)
         mask = self.mask(c.window_of_layer(layer))
         return attend(query, key, value, scale, mask, c.causal, c.attention_softcap)
+
+    def prepare(self) -> None:
+        """Make all tables and masks beforehand, so that no layer differs from another and all share one compilation."""
+        for layer in range(self.config.num_hidden_layers):
+            if self.config.positions == "rope":
+                self.rotary(layer)
+            self.mask(self.config.window_of_layer(layer))
 
     def rotary(self, layer: int) -> tuple[Tensor, Tensor]:
         """cos and sin tables of a layer; layers with the same base share one."""

@@ -28,7 +28,7 @@ from lalia.training.config import TrainingConfig, parse_time
 from lalia.training.hardware import DTYPES
 from lalia.training.objectives import next_token
 from lalia.training.parallel.world import start
-from lalia.training.pretrain import Evaluation, as_planned, save_trained
+from lalia.training.pretrain import Evaluation, as_planned, save_trained, uncompiled_seconds_per_step
 from lalia.training.schedule import evenly_spaced, mean_rows
 from lalia.training.tensorboard import TensorBoard
 from lalia.training.trainer import Trainer
@@ -80,7 +80,7 @@ def finetune(
         progress.listeners.append(TensorBoard(out / "tensorboard"))
     length, batch_size = values["sequence_length"], values["batch_size"]
     whole = batch_size / mean_rows(batch_size, pretraining.batch_stages)  # pretraining may have smaller batches too
-    steps = num_steps(config, plan["predicted"]["seconds_per_step"] * whole)
+    steps = num_steps(config, uncompiled_seconds_per_step(plan) * whole)
     tokenizer = Tokenizer.load(tokens / "tokenizer")
     train = read_documents(documents, "train")
     conversations, counts = collect_conversations(config, train, tokenizer, length, steps * batch_size * length)

@@ -153,8 +153,9 @@ class LoopConfig(Settings):
     """Checkpoints along the run, evenly spaced, that are kept besides until the stage is finished."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """What of a layer is computed again in backward instead of being kept: nothing, what is cheap, or all."""
-    compile: bool = False
-    """Compile the layers with torch.compile: a minute at the start, for faster steps on a GPU."""
+    compile: bool | None = None
+    """Compile the layers with torch.compile: up to a minute at the start, for faster steps. None means as planned when
+    pretraining (where it pays, measured), and no elsewhere."""
     fp8: bool = False
     """Multiply in 8-bit floating point in the layers, on GPUs from Hopper on (needs torchao, the extra `lowbit`)."""
 

@@ -97,10 +97,16 @@ def as_planned(config: TrainingConfig, values: dict[str, Any]) -> TrainingConfig
         "optimizer": OptimizerConfig.parse(values["optimizer"], "plan.json"),
         "micro_batch_size": values["micro_batch_size"],
         "activation_checkpointing": values["activation_checkpointing"],
+        "compile": values.get("compile", config.compile),
     }
     if config.parallel == ParallelConfig() and values["devices"] == num_processes():
         changes["parallel"] = ParallelConfig.parse(values["parallel"], "plan.json")
     return config.model_copy(update=changes)
+
+
+def uncompiled_seconds_per_step(plan: dict[str, Any]) -> float:
+    """Of a plan's step without compilation, which no stage but pretraining has unless it is asked for."""
+    return plan.get("calibration", {}).get("uncompiled_seconds_per_step", plan["predicted"]["seconds_per_step"])
 
 
 class ScheduledBatches:

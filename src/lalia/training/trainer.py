@@ -17,7 +17,7 @@ from lalia.progress import Progress
 from lalia.training.activation_checkpointing import checkpoint_activations
 from lalia.training.averaging import WeightAverage
 from lalia.training.checkpoints import Checkpoints
-from lalia.training.compilation import compile_layers
+from lalia.training.compilation import compile_layers, uncompiled
 from lalia.training.config import LoopConfig, OptimizerConfig
 from lalia.training.fp8 import convert_to_fp8
 from lalia.training.guard import StepGuard
@@ -320,7 +320,7 @@ class Trainer:
             return
         self.model.eval()
         average = self.average.applied() if self.average is not None and averaged else contextlib.nullcontext()
-        with self.meters.phase("evaluation"), average:
+        with self.meters.phase("evaluation"), average, uncompiled(bool(self.loop.compile)):
             fields = self.evaluate(self.step)
         self.model.train()
         trained = self.meters.total
