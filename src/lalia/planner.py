@@ -57,8 +57,8 @@ LARGE_WIDTHS = (1280, 1536, 2048, 2560, 3072, 4096, 5120, 6144, 8192)
 
 LEAST_STEPS = 20
 """A model that gets fewer steps has learned nothing worth the name."""
-COMPILED_FROM_SECONDS = 120
-"""Shorter runs are over before compiling has paid: a first compilation takes half a minute on two processors."""
+COMPILED_FROM_SECONDS = 300
+"""Shorter runs are over before compiling has paid: a first compilation takes most of a minute on two processors."""
 TIME_ACCURACY = 0.2
 """Relative error of the time that a measured speed should keep to: the target of benchmarks/planner_accuracy.py."""
 

@@ -60,9 +60,19 @@ class Pattern:
         ids = self.document_ids
         return allowed & (ids[:, slice(*queries), None] == ids[:, None, slice(*keys)])
 
-    @cached_property
+    @property
     def dense(self) -> Tensor:
-        """Boolean (batch or 1, 1, queries, keys)."""
+        """Boolean (batch or 1, 1, queries, keys), made once; anew in code that is compiled, so that all layers are
+        alike."""
+        if torch.compiler.is_compiling():
+            return self._make_dense()
+        return self._dense
+
+    @cached_property
+    def _dense(self) -> Tensor:
+        return self._make_dense()
+
+    def _make_dense(self) -> Tensor:
         return self.allowed((0, self._num_queries), (0, self._num_keys)).unsqueeze(1)
 
     @property

@@ -77,6 +77,12 @@ def measure_step(
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, shape.vocab_size, (rows, length + 1), generator=generator).to(where)
     targets = tokens[:, 1:].contiguous()
+    if config.compile:  # rows of several documents, with their mask, are a compilation of their own
+        positions = torch.arange(length, device=where).repeat(rows, 1)
+        documents = (positions >= length // 2).int()
+        loss = model(tokens[:, :-1], positions=positions, document_ids=documents).float().sum()
+        loss.backward()
+        model.zero_grad(set_to_none=True)
     forward_backward, update = [], []
     for step in range(steps + 1):
         for _ in range(1 if parts <= 1 else 2):
