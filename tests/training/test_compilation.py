@@ -1,5 +1,8 @@
 """Compiled layers: what is traced gives the same losses and gradients, once for all layers, and says when it cannot."""
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +16,7 @@ from lalia.training.compilation import compile_layers, compiler_failure, find_co
 from lalia.training.linear_cross_entropy import linear_cross_entropy
 from tests.training.conftest import tiny_model
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 LENGTH = 64
 SHAPES: list[dict[str, Any]] = [
     {},
@@ -71,6 +75,14 @@ def test_what_is_traced_is_what_is_written(changes: dict[str, Any], documents: b
 
 @pytest.mark.skipif(find_compiler() is None, reason="there is no C++ compiler")
 def test_all_layers_share_one_compilation_and_evaluation_has_none() -> None:
+    # In a process of its own: the compiler imports setuptools, which does not load where another test has imported the
+    # standard library's distutils.
+    code = "from tests.training.test_compilation import compile_and_compare; compile_and_compare()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def compile_and_compare() -> None:
     model = wide()
     loss, gradients = step(model, documents=False)
     compile_layers(model)
