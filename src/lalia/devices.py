@@ -72,12 +72,27 @@ def cgroup_memory_limit(groups: Path = Path("/proc/self/cgroup"), mounted: Path 
 
 
 def peak_memory_bytes() -> int:
-    """Largest resident size this process has had."""
+    """Largest resident size this process has had since `reset_peak_memory`, or ever where there is no such reset."""
     import resource
     import sys
 
+    try:
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass  # no Linux
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def reset_peak_memory() -> bool:
+    """Let `peak_memory_bytes` count from here on; False where the system cannot (it is Linux that can)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return False
+    return True
 
 
 def use_threads(count: int | None = None) -> int:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from lalia import __version__
-from lalia.devices import process_rank
+from lalia.devices import process_rank, reset_peak_memory
 from lalia.errors import CorruptFile, UserError
 from lalia.files import fingerprint, read_json, replace_directory, run_lock, write_json, write_text
 from lalia.progress import Progress
@@ -182,6 +182,7 @@ def _ensure(run: Run, stage: Stage) -> dict[str, Any]:
     began = time.monotonic()
     run.progress.record("stage_start", stage=stage.name, state=state, reason=reason)
     previous = _seconds_so_far(partial)
+    reset_peak_memory()
     try:
         summary = stage.make(run, partial, mark)
     finally:

@@ -8,20 +8,21 @@ import math
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lalia.devices import make_deterministic, memory_bytes, num_processes, use_threads
+from lalia.devices import make_deterministic, memory_bytes, num_processes, peak_memory_bytes, use_threads
 from lalia.errors import UserError
 from lalia.files import read_json
 from lalia.model.config import ModelConfig
 from lalia.model.shapes import ArchitectureConfig
 from lalia.planning.law import effective_bytes, load_law
 from lalia.planning.layout import FILL, NODE, TOKENS_PER_THREAD, Placement, place
-from lalia.planning.memory import parameters, training_memory
+from lalia.planning.memory import COMPILER_BYTES, parameters, training_memory
 from lalia.planning.rules import (
     FEW_EPOCHS,
     MOST_EPOCHS,
@@ -455,7 +456,8 @@ class _Planner:
         seconds /= layout.tensor * layout.context
         seconds = with_communication(seconds, shape, layout, self._link())
         how = "measured here" if probe is shape else f"measured here at width {probe.hidden_size}"
-        return Speed(seconds, seconds * (1 - TIME_ACCURACY), seconds * (1 + TIME_ACCURACY), how)
+        peak = peak_memory_bytes() if probe is shape and self.here == "cpu" and self.devices == 1 else None
+        return Speed(seconds, seconds * (1 - TIME_ACCURACY), seconds * (1 + TIME_ACCURACY), how, peak)
 
     def _compilation(
         self,
@@ -502,7 +504,7 @@ class _Planner:
         self.calibration["compilation_seconds"] = round(took, 1)
         what = f"{gain:.0%} less time per step" if gain >= 0 else f"{-gain:.0%} more time per step"
         self.set("compile", pays, f"{what}, measured; {took:.0f} s to compile and measure")
-        return compiled if pays else speed
+        return compiled if pays else replace(speed, peak_memory_bytes=compiled.peak_memory_bytes)
 
     def _measurable(self, shape: ModelConfig, rows: int, length: int, precision: str) -> ModelConfig:
         """The widest model up to this one that a single device holds."""
@@ -566,7 +568,7 @@ class _Planner:
             "seconds_interval": [round(steps * speed.low, 1), round(steps * speed.high, 1)],
             "seconds_per_step": round(speed.seconds_per_step, 5),
             "tokens_per_second": round(tokens / seconds),
-            "memory_bytes": placement.memory.total,
+            "memory_bytes": self._memory(placement, speed),
             "flops": float(f"{flops:.4g}"),
             "bits_per_byte": round(expected, 3),
             "bits_per_byte_interval": [round(low, 3), round(high, 3)],
@@ -579,6 +581,13 @@ class _Planner:
         if settings.price_per_hour:
             predicted["cost_dollars"] = round(settings.price_per_hour * self.devices * seconds / 3600.0, 2)
         return predicted
+
+    def _memory(self, placement: Placement, speed: Speed) -> int:
+        """Peak of training: what measuring its step took and the copy for a checkpoint, or what the formulas say."""
+        if speed.peak_memory_bytes is None:
+            return placement.memory.total + COMPILER_BYTES * self.values["compile"]["value"]
+        self.calibration["memory_estimate_bytes"] = placement.memory.total
+        return speed.peak_memory_bytes + placement.memory.checkpoint
 
     def _say(self, predicted: dict[str, Any]) -> None:
         value = {name: entry["value"] for name, entry in self.values.items()}

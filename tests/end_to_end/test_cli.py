@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import lalia
+from lalia.devices import peak_memory_bytes, reset_peak_memory
 from lalia.recipe import Recipe, load_recipe, to_toml
 from lalia.stages import STAGES
 from tests.end_to_end.conftest import ROOT, SETTINGS, Main, command, environment
@@ -225,6 +226,19 @@ def test_json_of_stages_and_of_a_run(main: Main, corpus: Path, tmp_path: Path) -
     assert list(results) == ["run", "documents", "tokens"]
     assert results["run"] == str(tmp_path / "run")
     assert results["tokens"]["train"]["num_tokens"] > 10_000
+
+
+def test_the_peak_memory_of_a_stage_is_its_own(main: Main, corpus: Path, tmp_path: Path) -> None:
+    if not reset_peak_memory():
+        pytest.skip("this system counts from the beginning of the process")
+    block = b"1" * (512 * 2**20)  # an earlier stage that needs much
+    before = peak_memory_bytes()
+    del block
+    answer = main("pretrain", str(corpus), *SETTINGS, "--run", str(tmp_path / "run"), "--json")
+    assert answer.code == 0, answer.err
+    assert json.loads(answer.out)["base"]["peak_memory_bytes"] < before - 256 * 2**20
+    planned = json.loads((tmp_path / "run" / "plan" / "plan.json").read_text())["predicted"]["memory_bytes"]
+    assert planned < before - 256 * 2**20
 
 
 def test_json_of_generate_and_chat(main: Main, finished_run: Path) -> None:

@@ -12,9 +12,9 @@ from lalia.training.parallel.layout import ParallelConfig
 
 Checkpointing = Literal["none", "selective", "full"]
 
-RUNTIME_BYTES = 320 * 2**20
-"""Resident size of Python with PyTorch, its kernels' code and buffers, pyarrow and the tokenizer, measured; on an
-accelerator the driver's context is of that order too."""
+RUNTIME_BYTES, COMPILER_BYTES = 400 * 2**20, 120 * 2**20
+"""Resident size of Python with PyTorch, its kernels' code and buffers, pyarrow and the tokenizer, and what compiling
+adds to that, measured (LOG.md); on an accelerator the driver's context is of the former's order too."""
 
 STATE_BYTES = {"muon": (4, 8), "adamw": (8, 8), "adamw8bit": (2, 2)}
 """Optimizer state per weight of the layers' matrices and of the embedding and head, by `optimizer.kind`: Muon keeps one
@@ -23,18 +23,20 @@ float32 momentum, AdamW two moments, of 32 or 8 bits."""
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device, by what they hold."""
+    """Bytes on one device, by what they hold; `checkpoint` is the copy that is written while training goes on."""
 
     weights: int
     gradients: int
     optimizer: int
     activations: int
     loss: int
+    checkpoint: int
     runtime: int
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.loss + self.runtime
+        training = self.weights + self.gradients + self.optimizer + self.activations + self.loss
+        return training + self.checkpoint + self.runtime
 
 
 def layer_parameters(shape: ModelConfig, layer: int) -> tuple[int, int]:
@@ -110,14 +112,14 @@ def training_memory(
     head = shape.vocab_size * shape.hidden_size / divided
     # Besides the chunks of logits: the head's gradient a second time, and its cast and transposed copies.
     loss = chunks + head * (4.0 + 2 * value_bytes)
+    state = in_layers * STATE_BYTES[optimizer][0] + vocabulary * STATE_BYTES[optimizer][1] + 4.0 * average * held
     return Memory(
         weights=int(weights),
         gradients=int(gradients),
-        optimizer=int(
-            in_layers * STATE_BYTES[optimizer][0] + vocabulary * STATE_BYTES[optimizer][1] + 4.0 * average * held
-        ),
+        optimizer=int(state),
         activations=int(activations),
         loss=int(loss),
+        checkpoint=0 if accelerator else int(4.0 * held + state),  # an accelerator's copy is in the host's memory
         runtime=RUNTIME_BYTES,
     )
 

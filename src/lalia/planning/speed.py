@@ -39,12 +39,16 @@ HIDDEN_SHARE = 0.6
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds of one optimizer step of all devices together: expected, and between what it should be."""
+    """Seconds of one optimizer step of all devices together: expected, and between what it should be.
+
+    `peak_memory_bytes` is the process's by the time this very step had been measured, None where it was not.
+    """
 
     seconds_per_step: float
     low: float
     high: float
     how: str
+    peak_memory_bytes: int | None = None
 
 
 def measure_step(
