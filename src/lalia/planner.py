@@ -20,12 +20,11 @@ from lalia.errors import UserError
 from lalia.files import read_json
 from lalia.model.config import ModelConfig
 from lalia.model.shapes import ArchitectureConfig
-from lalia.planning.law import effective_bytes, load_law
+from lalia.planning.law import MOST_WEIGHTS_PER_TOKEN, effective_bytes, load_law, overfitting, useful_epochs
 from lalia.planning.layout import FILL, NODE, TOKENS_PER_THREAD, Placement, place
 from lalia.planning.memory import COMPILER_BYTES, parameters, training_memory
 from lalia.planning.rules import (
     FEW_EPOCHS,
-    MOST_EPOCHS,
     SMALL_BATCH_TOKENS,
     batch_tokens,
     depth_of,
@@ -266,6 +265,8 @@ class _Planner:
                     "with pretrain.steps and no budget, set model.hidden_size and model.num_hidden_layers too"
                 )
             sizes, names = candidates(asked, self.vocab_size, length), ""
+            most = MOST_WEIGHTS_PER_TOKEN * self.train_tokens
+            sizes = [one for one in sizes if one.num_matrix_parameters() <= most] or sizes[:1]
         assert budget is not None
         placed = [(shape, self._place(shape, rows, length, precision)) for shape in sizes]
         fitting = [(shape, placement) for shape, placement in placed if placement is not None]
@@ -307,15 +308,22 @@ class _Planner:
         return best
 
     def _quality(self, shape: ModelConfig, tokens: float) -> float:
+        weights = shape.num_matrix_parameters()
         effective = effective_bytes(tokens * self.bytes_per_token, self.train_bytes)
-        return self.law.bits_per_byte(shape.num_matrix_parameters(), effective)
+        return self.law.bits_per_byte(weights, effective) * self._overfitting(weights, tokens)
+
+    def _overfitting(self, weights: int, tokens: float) -> float:
+        return overfitting(tokens / self.train_tokens, weights, self.train_tokens)
 
     # What a budget buys
 
     def _affordable(self, budget: Amount, shape: ModelConfig, seconds: float, per_step: float, length: int) -> int:
         """Steps that a budget buys, at most as many as still teach something."""
-        limit = MOST_EPOCHS * self.train_tokens / per_step
+        limit = self._useful_epochs(shape) * self.train_tokens / per_step
         return int(min(self._amount_in_steps(budget, shape, seconds, per_step, length), max(limit, LEAST_STEPS)))
+
+    def _useful_epochs(self, shape: ModelConfig) -> float:
+        return useful_epochs(self.law, shape.num_matrix_parameters(), self.train_tokens, self.train_bytes)
 
     def _amount_in_steps(
         self, budget: Amount, shape: ModelConfig, seconds: float, per_step: float, length: int
@@ -370,8 +378,12 @@ class _Planner:
         reason = f"{budget}"
         if budget.unit in ("seconds", "dollars"):
             reason += f" at {speed.seconds_per_step * 1000:.0f} ms per step, {speed.how}"
-        if steps * per_step >= MOST_EPOCHS * self.train_tokens - per_step:
-            reason = f"{MOST_EPOCHS} epochs; more repetition teaches nothing (Muennighoff et al. 2023): give more text"
+        most = self._useful_epochs(shape)
+        if steps * per_step >= most * self.train_tokens - per_step:
+            reason = (
+                f"{most:.2g} epochs, less than the budget: beyond that a model of this size learns the text by heart "
+                "and gets worse on other text (LOG.md; Muennighoff et al. 2023); give more text"
+            )
         return self.set("steps", steps, reason)
 
     # Memory and layout
@@ -560,9 +572,11 @@ class _Planner:
     ) -> dict[str, Any]:
         seconds = steps * speed.seconds_per_step
         flops = shape.flops_per_token(length) * tokens
+        weights = shape.num_matrix_parameters()
         effective = effective_bytes(tokens * self.bytes_per_token, self.train_bytes)
-        expected = self.law.bits_per_byte(shape.num_matrix_parameters(), effective)
-        low, high = self.law.interval(shape.num_matrix_parameters(), effective)
+        factor = self._overfitting(weights, tokens)
+        expected = factor * self.law.bits_per_byte(weights, effective)
+        low, high = (factor * bound for bound in self.law.interval(weights, effective))
         predicted: dict[str, Any] = {
             "seconds": round(seconds, 1),
             "seconds_interval": [round(steps * speed.low, 1), round(steps * speed.high, 1)],
@@ -572,7 +586,7 @@ class _Planner:
             "flops": float(f"{flops:.4g}"),
             "bits_per_byte": round(expected, 3),
             "bits_per_byte_interval": [round(low, 3), round(high, 3)],
-            "extrapolation": round(self.law.extrapolation(shape.num_matrix_parameters(), effective), 1),
+            "extrapolation": round(self.law.extrapolation(weights, effective), 1),
         }
         self.calibration["flops_per_second"] = round(flops / seconds)
         settings = self.recipe.plan

@@ -12,7 +12,16 @@ import pytest
 from lalia.errors import CorruptFile, UserError
 from lalia.planning.chart import Curve, Mark, best_at
 from lalia.planning.ladder import Rung, commands, fit_runs, read_run, rungs
-from lalia.planning.law import Law, RunPoint, effective_bytes, fit, load_law
+from lalia.planning.law import (
+    MOST_EPOCHS,
+    Law,
+    RunPoint,
+    effective_bytes,
+    fit,
+    load_law,
+    overfitting,
+    useful_epochs,
+)
 from lalia.progress import Progress
 from lalia.recipe import Recipe, load_recipe, to_toml
 from lalia.scaling import fit_and_plan, plan_ladder
@@ -172,6 +181,34 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> None:
         return shape.flops_per_token(length) * rows * parts * length / 5e10
 
     monkeypatch.setattr("lalia.planner.measure_step", step_seconds)
+
+
+def test_learning_by_heart() -> None:
+    """What runs of one text came to beside the law, in passes, weights and tokens (LOG.md, 2026-12-01)."""
+    seen = [
+        (2.74, 2.1e6, 1.009),
+        (3.38, 2.1e6, 1.026),
+        (4.64, 2.1e6, 1.061),
+        (2.23, 5.0e6, 1.004),
+        (2.95, 5.0e6, 1.014),
+    ]
+    for epochs, weights, factor in seen:
+        assert overfitting(epochs, weights, 1.42e6) == pytest.approx(factor, abs=0.008)
+    assert overfitting(1.5, 1e9, 1e6) == 1.0
+    assert 1.0 < overfitting(4.0, 1e6, 2e7) < 1.003  # twenty tokens a weight, as in what was published
+    costs = [overfitting(epochs, 1e6, 1e6) for epochs in (4.9, 5.0, 5.1, 5.2)]
+    assert np.diff(costs) == pytest.approx(np.diff(costs)[0], rel=0.05)  # no step where the measurements end
+    law = Law(*LAWS[1], draws=np.ones((1, 6)), source="", largest=(1.0, 1.0))
+    assert 1.5 < useful_epochs(law, 1e6, 1e6, 3e6) < useful_epochs(law, 1e6, 1e8, 3e8) <= MOST_EPOCHS
+
+
+def test_a_run_that_learnt_by_heart_counts_as_if_it_had_not(tmp_path: Path) -> None:
+    """The law is that of text that does not repeat; planning multiplies the harm in again."""
+    run = read_run(write_run(tmp_path / "run", 192, 10_000_000))  # four passes
+    summary = json.loads((tmp_path / "run/base/receipt.json").read_text())["summary"]
+    factor = overfitting(4.0, run.point.matrix_parameters, 2.5e6)
+    assert factor > 1.02
+    assert run.point.bits_per_byte == pytest.approx(summary["bits_per_byte"] / factor)
 
 
 def test_finished_runs_are_read(ladder: list[Path]) -> None:

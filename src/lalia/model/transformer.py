@@ -68,7 +68,8 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer, x the residual stream, a the attention, f the feed-forward network, n norms:
+    """One layer, x the residual stream, a the attention, f the feed-forward network, n norms; dropout, where it is set,
+    follows a and f:
 
     pre       x += a(n1(x));      x += f(n2(x))
     sandwich  x += n3(a(n1(x)));  x += n4(f(n2(x)))
@@ -79,6 +80,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.order = config.norm_order
+        self.dropout = nn.Dropout(0.0)
         self.attention_norm = Norm(config.hidden_size, config)
         self.attention = Attention(config, layer)
         if self.order != "parallel":
@@ -90,10 +92,10 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, context: "Context") -> Tensor:
         if self.order == "post":
-            x = self.attention_norm(x + self.attention(x, context))
+            x = self.attention_norm(x + self.dropout(self.attention(x, context)))
             return self.feed_forward_norm(x + self._feed(x, context))
         normed = self.attention_norm(x)
-        attended = self.attention(normed, context)
+        attended = self.dropout(self.attention(normed, context))
         if self.order == "parallel":
             return x + attended + self._feed(normed, context)
         x = x + (self.post_attention_norm(attended) if self.order == "sandwich" else attended)
@@ -102,8 +104,8 @@ class Block(nn.Module):
 
     def _feed(self, x: Tensor, context: "Context") -> Tensor:
         if isinstance(self.feed_forward, MixtureOfExperts):
-            return self.feed_forward(x, context.router_logits)
-        return self.feed_forward(x)
+            return self.dropout(self.feed_forward(x, context.router_logits))
+        return self.dropout(self.feed_forward(x))
 
 
 class Transformer(nn.Module):
@@ -128,6 +130,7 @@ class Transformer(nn.Module):
         if c.type_vocab_size:
             self.type_embedding = _embedding(c.type_vocab_size, c.hidden_size)
         self.embedding_norm = Norm(c.hidden_size, c) if c.embedding_norm else None
+        self.dropout = nn.Dropout(0.0)
         self.layers = nn.ModuleList(Block(c, layer) for layer in range(c.num_hidden_layers))
         self.norm = None if c.norm_order == "post" else Norm(c.hidden_size, c)
         self.pooler = None if c.pooler == "none" else Linear(c.hidden_size, c.hidden_size, bias=True)
@@ -146,6 +149,14 @@ class Transformer(nn.Module):
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
+
+    def set_dropout(self, share: float) -> None:
+        """Share of the values that training sets to 0 in the embedding and in what each layer's attention and
+        feed-forward network add to the residual stream (Srivastava et al. 2014; where GPT-2 has it outside attention).
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = share
 
     @property
     def head_weight(self) -> Tensor:
@@ -186,6 +197,7 @@ class Transformer(nn.Module):
             x = x + self.type_embedding(types).to(x.dtype)
         if self.embedding_norm is not None:
             x = self.embedding_norm(x)
+        x = self.dropout(x)
         if self.training:
             context.prepare()
         for layer in self.layers:

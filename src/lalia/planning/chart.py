@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from lalia.evaluation.charts import ticks
 from lalia.planning.ladder import FinishedRun
-from lalia.planning.law import Law, effective_bytes
+from lalia.planning.law import Law, effective_bytes, overfitting
 
 WIDTH, HEIGHT = 64, 18  # of the drawing in a terminal, in characters
 
@@ -27,8 +27,10 @@ def best_at(law: Law, flops: float, unique_bytes: float, bytes_per_token: float)
     """Bits per byte of the size that makes the most of `flops`, taken as 6 per matrix weight and token."""
     sizes = np.geomspace(1e4, 1e12, 400)
     tokens = flops / (6.0 * sizes)
+    unique_tokens = unique_bytes / bytes_per_token
     return min(
         law.bits_per_byte(size, effective_bytes(count * bytes_per_token, unique_bytes))
+        * overfitting(count / unique_tokens, size, unique_tokens)
         for size, count in zip(sizes.tolist(), tokens.tolist(), strict=True)
     )
 

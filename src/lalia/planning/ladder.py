@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from lalia.errors import UserError
 from lalia.files import read_json
 from lalia.model.config import ModelConfig
-from lalia.planning.law import Law, RunPoint, effective_bytes, fit
+from lalia.planning.law import Law, RunPoint, effective_bytes, fit, overfitting
 
 NUM_SIZES = 3
 SHARES = (1 / 24, 1 / 8)
@@ -16,7 +16,7 @@ LEAST_RUNG_STEPS = 50
 
 
 class FinishedRun(NamedTuple):
-    """What a law needs of a run.
+    """What a law needs of a run; its bits per byte are without the harm of `overfitting`.
 
     `flops` is the computation of its training, `data` what has to be equal among runs that are compared.
     """
@@ -62,7 +62,9 @@ def read_run(folder: Path) -> FinishedRun:
     score = summary.get("bits_per_byte")
     if not score:
         raise UserError(f"{folder} has no bits per byte of its base model; leave it out")
-    point = RunPoint(str(folder), shape.num_matrix_parameters(), effective, float(score))
+    weights = shape.num_matrix_parameters()
+    score = float(score) / overfitting(summary["tokens"] / train["num_tokens"], weights, train["num_tokens"])
+    point = RunPoint(str(folder), weights, effective, score)
     length = plan["values"]["sequence_length"]["value"]
     flops = shape.flops_per_token(length) * summary["tokens"]
     data = (int(train["num_bytes"]), int(held_out["num_bytes"]))

@@ -12,8 +12,16 @@ import numpy as np
 from lalia.errors import CorruptFile, UserError
 from lalia.files import read_json, write_json
 
-REPEAT_DECAY_EPOCHS = 15.4
-"""Data repeated r times is worth U (1 + R (1 - exp(-r / R))) fresh bytes (Muennighoff et al. 2023)."""
+REPEAT_DECAY_EPOCHS, MOST_EPOCHS = 15.4, 40
+"""Data repeated r times is worth U (1 + R (1 - exp(-r / R))) fresh bytes; beyond 40 passes it teaches nothing
+(Muennighoff et al. 2023)."""
+
+HARMLESS_EPOCHS, MEASURED_EPOCHS, OVERFITTING = 1.5, 5.0, 0.0065
+"""Passes over a text beyond the first of these cost its share of the bits per byte times their square, where the model
+has a weight for every token (LOG.md, 2026-12-01: seven runs at three widths, 2 to 4.6 passes). Beyond the second, where
+nothing was measured, the cost is taken to go on growing as fast as there."""
+MOST_WEIGHTS_PER_TOKEN = 10.0
+"""Models with more weights than that for every token of the text are not planned: none was measured beyond 3.5."""
 
 LEAST_RUNS = 5
 """The law has five constants; fewer runs than that leave a line through points."""
@@ -138,6 +146,28 @@ def effective_bytes(trained_bytes: float, unique_bytes: float) -> float:
     repeats = max(0.0, trained_bytes / unique_bytes - 1.0)
     fresh = min(trained_bytes, unique_bytes)
     return fresh * (1.0 + REPEAT_DECAY_EPOCHS * (1.0 - math.exp(-repeats / REPEAT_DECAY_EPOCHS)))
+
+
+def overfitting(epochs: float, matrix_parameters: float, unique_tokens: float) -> float:
+    """Factor of the bits per byte on held-out text where a model learns repeated text by heart.
+
+    Muennighoff et al. 2023 repeat text up to four times nearly for nothing, with about twenty tokens for each weight.
+    The harm is taken to grow with the weights a token has, up to one; between one and 3.5 it was the same.
+    """
+    beyond = max(0.0, epochs - HARMLESS_EPOCHS)
+    measured = min(beyond, MEASURED_EPOCHS - HARMLESS_EPOCHS)
+    cost = OVERFITTING * (measured**2 + 2.0 * measured * (beyond - measured))
+    return 1.0 + cost * min(1.0, matrix_parameters / unique_tokens)
+
+
+def useful_epochs(law: Law, matrix_parameters: float, unique_tokens: float, unique_bytes: float) -> float:
+    """Passes over a text after which held-out text is expected to get worse, at most MOST_EPOCHS."""
+
+    def expected(epochs: float) -> float:
+        learnt = law.bits_per_byte(matrix_parameters, effective_bytes(epochs * unique_bytes, unique_bytes))
+        return learnt * overfitting(epochs, matrix_parameters, unique_tokens)
+
+    return min(np.arange(1.0, MOST_EPOCHS + 0.05, 0.05).tolist(), key=expected)
 
 
 def fit(points: Sequence[RunPoint], source: str = "") -> Law:

@@ -22,8 +22,8 @@ LARGE_RATES = {
 AdamW in Muon's place GPT-3's of that width (Brown et al. 2020). Norm weights, which nanochat has none of, keep ours."""
 LARGE_WEIGHT_DECAY = 0.28
 """nanochat's at its reference batch and tokens."""
-FEW_EPOCHS, MOST_EPOCHS = 4, 40
-"""Up to 4 epochs repeated data is nearly as good as fresh; beyond 40 it teaches nothing (Muennighoff et al. 2023)."""
+FEW_EPOCHS = 4
+"""Up to 4 epochs repeated data is nearly as good as fresh (Muennighoff et al. 2023)."""
 
 
 def batch_tokens(tokens: float, accelerator: bool) -> tuple[int, str]:

@@ -73,6 +73,7 @@ def measure_step(
     initialize(model, 0)
     model.to(where)
     model.compute_dtype = DTYPES[precision]
+    model.set_dropout(config.dropout)
     if config.fp8:
         convert_to_fp8(model)
     if config.compile:

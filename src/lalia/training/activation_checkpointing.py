@@ -35,25 +35,25 @@ def checkpoint_activations(model: Transformer, mode: CheckpointMode) -> None:
         for module in (layer, layer.feed_forward):
             vars(module).pop("forward", None)
         if mode != "none":
-            _checkpoint(layer if mode == "full" else layer.feed_forward)
+            # Only dropout draws random numbers, and the feed-forward network by itself has none.
+            _checkpoint(*((layer, layer.dropout.p > 0) if mode == "full" else (layer.feed_forward, False)))
 
 
 def _layers(model: Transformer) -> list[Block]:
     return [layer for layer in model.layers if isinstance(layer, Block)]
 
 
-def _checkpoint(module: nn.Module) -> None:
+def _checkpoint(module: nn.Module, random: bool = False) -> None:
     """Shadow the module's forward; the names of its weights stay, which a wrapper around it would change."""
-    module.forward = partial(_again, module.forward)
+    module.forward = partial(_again, module.forward, random)
 
 
-def _again(forward: Callable[..., Tensor], x: Tensor, *rest: Any) -> Tensor:
-    # Layers draw no random numbers, so the state of the generators need not be kept.
+def _again(forward: Callable[..., Tensor], random: bool, x: Tensor, *rest: Any) -> Tensor:
     if not torch.is_grad_enabled():
         return forward(x, *rest)
     x = x.view_as(
         x
     )  # another tensor, without the recipe that functions.py may have left on x: backward will not see it
-    result = checkpoint(forward, x, *rest, use_reentrant=False, preserve_rng_state=False)
+    result = checkpoint(forward, x, *rest, use_reentrant=False, preserve_rng_state=random)
     assert isinstance(result, Tensor)
     return result

@@ -136,6 +136,8 @@ class LoopConfig(Settings):
     """Sequences per forward pass and device; None means the whole batch."""
     z_loss: float = Field(default=0.0, ge=0)
     """Coefficient of the mean squared log-partition of the output (PaLM, Chowdhery et al. 2022); 1e-4 is usual."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the values set to 0 in the embedding and in what attention and feed-forward networks give."""
     average_decay: float = Field(default=0.0, ge=0, lt=1)
     """Decay of an exponential moving average of the weights, which the run ends with; 0 keeps none."""
     spike_deviations: float = Field(default=6.0, ge=0)
@@ -158,6 +160,8 @@ class LoopConfig(Settings):
     pretraining (where it pays, measured), and no elsewhere."""
     fp8: bool = False
     """Multiply in 8-bit floating point in the layers, on GPUs from Hopper on (needs torchao, the extra `lowbit`)."""
+    seed: Seed = 1
+    """Of the initial weights, the order of the data and dropout."""
 
 
 RUNTIME_ONLY = {"checkpoint_seconds", "keep_checkpoints", "parallel", "timeout_seconds", "tensorboard"}
@@ -188,7 +192,6 @@ class TrainingConfig(LoopConfig):
     """Evaluations along the run, evenly spaced; one at the end comes on top."""
     evaluation_bytes: int = Field(default=100_000, gt=0)
     """Bytes of held-out text that an evaluation along the run reads (the final one reads all)."""
-    seed: Seed = 1
     deterministic: bool = False
     """Only algorithms that give the same bits every time, also on a GPU."""
     tensorboard: bool = False

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -90,6 +91,7 @@ class Trainer:
         check_model(self.world.layout, model.config, optimizer.kind, self.loop.fp8)
         if self.loop.fp8:
             convert_to_fp8(model)
+        model.set_dropout(self.loop.dropout)
         checkpoint_activations(model, self.loop.activation_checkpointing)
         if self.loop.compile:
             compile_layers(model)
@@ -236,6 +238,8 @@ class Trainer:
         sums: dict[str, Tensor] = {}
         parts = batch.split(self.loop.micro_batch_size)
         for number, part in enumerate(parts):
+            if self.loop.dropout:
+                self._seed_dropout(number)
             with self.sync(last=number == len(parts) - 1):
                 loss, weight, metrics = self.sync.module(part.to(self.world.device))
                 loss.backward()
@@ -262,6 +266,13 @@ class Trainer:
         sums["skipped"] = 1.0 - keep.double()
         for key, value in sums.items():
             self._sums[key] = self._sums.get(key, 0.0) + value
+
+    def _seed_dropout(self, part: int) -> None:
+        """Let a micro-batch's dropout depend on the run, its batch and part and on the rows alone, so that a run that
+        was interrupted goes on as if it had not been. Processes that share rows (tensor parallel) drop the same."""
+        rows = [self.world.data_rank, self.world.context_rank]
+        sequence = np.random.SeedSequence([self.loop.seed, self.step + self.passed_over, part, *rows])
+        torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]) >> 1)
 
     def _go_back(self) -> None:
         """Return to the last checkpoint, and pass over the batches since.

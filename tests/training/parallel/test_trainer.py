@@ -94,6 +94,24 @@ def test_two_processes_end_with_the_weights_of_one(tmp_path: Path, alone: dict[s
         assert end["tokens"] == alone["tokens"]
 
 
+def train_with_dropout(folder: str, layouts: list[dict[str, int]]) -> list[dict[str, torch.Tensor]]:
+    ends = []
+    for number, layout in enumerate(layouts):
+        path = Path(folder, f"dropout-{number}")
+        path.mkdir(exist_ok=True)
+        ends.append(train(str(path), layout, dropout=0.3)["weights"])
+    return ends
+
+
+def test_processes_that_share_rows_drop_the_same(tmp_path: Path, alone: dict[str, Any]) -> None:
+    """Tensor parallel gives the weights of one process; processes with rows of their own drop others than it."""
+    expected = train_with_dropout(str(tmp_path), [{}])[0]
+    tensor, replicate = run(train_with_dropout, 2, str(tmp_path / ".."), [{"tensor": 2}, {"replicate": 2}])[0]
+    assert largest_difference(tensor, expected) < TOLERANCE
+    assert largest_difference(replicate, expected) > 1e-3
+    assert largest_difference(alone["weights"], expected) > 1e-3
+
+
 def test_a_run_goes_on_in_other_layouts(tmp_path: Path, alone: dict[str, Any]) -> None:
     """One process, then two, then four, then one: the same weights, and every batch was taken once, in order."""
     folder = str(tmp_path)
