@@ -13,6 +13,7 @@ script works.
 
 import argparse
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from lalia.devices import use_threads
@@ -105,7 +106,8 @@ def main() -> None:
     result = {"machine": describe(threads), "settings": settings, "rows": rows, "law": law.constants()}
     write_result("ladder", result, arguments.quick)
     if arguments.install and not arguments.quick:
-        law.save(LAW)
+        points = tuple(point._replace(name=Path(point.name).name) for point in law.points)
+        replace(law, source=f"{len(points)} runs of {arguments.run.name}", points=points).save(LAW)
         print(f"wrote {LAW.relative_to(REPOSITORY)}")
 
 

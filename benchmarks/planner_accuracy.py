@@ -21,7 +21,8 @@ from ladder import branch, small_tokens
 from lalia.files import read_json
 from machine import describe, environment, table, write_result
 
-TARGETS = {"seconds": 0.20, "memory_bytes": 0.15, "bits_per_byte": 0.04}
+TARGETS = {"seconds": 0.20, "memory_bytes": 0.15, "memory_estimate_bytes": 0.15, "bits_per_byte": 0.04}
+"""memory_bytes is what the plan says, measured beforehand; memory_estimate_bytes is by formulas, for what fits."""
 SHAPES = ((128, 2, 8), (256, 4, 8), (384, 6, 4))
 """Width, layers and rows of 256 tokens of the runs whose memory alone is compared."""
 
@@ -32,11 +33,13 @@ def train(source: Path, folder: Path, settings: list[str], threads: int) -> dict
     branch(source, folder)
     command = [sys.executable, "-m", "lalia", "pretrain", str(folder), *settings]
     subprocess.run(command, env=environment(threads), check=True)
-    predicted = read_json(folder / "plan" / "plan.json")["predicted"]
+    plan = read_json(folder / "plan" / "plan.json")
+    predicted = plan["predicted"] | {"memory_estimate_bytes": plan["calibration"]["memory_estimate_bytes"]}
     happened = read_json(folder / "base" / "receipt.json")["summary"]
     measured = {
         "seconds": happened["training_seconds"],
         "memory_bytes": happened["peak_memory_bytes"],
+        "memory_estimate_bytes": happened["peak_memory_bytes"],
         "bits_per_byte": happened["bits_per_byte"],
     }
     return {name: (float(predicted[name]), float(measured[name])) for name in TARGETS}
@@ -58,7 +61,7 @@ def main() -> None:
         arguments.budgets = ["5 seconds"]
         common += ["pretrain.sequence_length=64", "pretrain.batch_size=2"]
     if arguments.shapes:
-        names = ["memory_bytes"]
+        names = ["memory_bytes", "memory_estimate_bytes"]
         cases = {
             f"width {width}, {layers} layers, {rows} rows": [
                 f"model.hidden_size={width}",

@@ -285,6 +285,22 @@ def test_neither_budget_nor_steps(measured: list[ModelConfig]) -> None:
         plan({"budget": "1 minute"}, finetune=Recipe().finetune.model_copy(update={"budget": None}).model_dump())
 
 
+def test_steps_that_are_asked_for_are_not_fewer(measured: list[ModelConfig]) -> None:
+    """With a budget for choosing the size, however often they repeat the text."""
+    steps = 4_000  # of 2,048 tokens: 5.5 passes
+    made = plan({"budget": "1 hour", "steps": steps})
+    assert values(made)["steps"] == steps
+    assert "expected to get worse on other text" in made["values"]["epochs"]["reason"]
+
+
+def test_what_is_not_measured_whole_is_estimated(measured: list[ModelConfig]) -> None:
+    model = {"hidden_size": 64, "num_hidden_layers": 1}
+    whole = plan({"steps": 10}, model=model)
+    assert "memory_estimate_bytes" in whole["calibration"]
+    for setting in ({"average_decay": 0.9}, {"activation_checkpointing": "full"}):
+        assert "memory_estimate_bytes" not in plan({"steps": 10, **setting}, model=model)["calibration"]
+
+
 def test_repetition_ends(measured: list[ModelConfig]) -> None:
     made = plan({"budget": "1000 hours"}, model={"hidden_size": 64})
     assert 2 < values(made)["epochs"] < 10

@@ -479,7 +479,7 @@ def _print_plan(result: dict[str, Any]) -> None:
         (
             "memory",
             f"{predicted['memory_bytes'] / 2**20:,.0f} MiB",
-            "of a device: weights, optimizer, activations, runtime",
+            "of a device: weights, optimizer, activations, checkpoint, runtime",
         ),
         ("computation", f"{predicted['flops']:.3g}", "FLOPs, attention without causal halving (docs/planning.md)"),
         ("bits per byte", f"{predicted['bits_per_byte']:.2f}", f"between {low:.2f} and {high:.2f}{doubt}"),

@@ -15,7 +15,14 @@ from typing import Any
 
 import torch
 
-from lalia.devices import make_deterministic, memory_bytes, num_processes, peak_memory_bytes, use_threads
+from lalia.devices import (
+    make_deterministic,
+    memory_bytes,
+    num_processes,
+    peak_memory_bytes,
+    reset_peak_memory,
+    use_threads,
+)
 from lalia.errors import UserError
 from lalia.files import read_json
 from lalia.model.config import ModelConfig
@@ -165,7 +172,8 @@ class _Planner:
         tokens = length * _schedule(self.config, rows, length, steps).total_rows()
         stages = ", over the stages of the batch" if self.config.batch_stages else ""
         self.set("tokens", tokens, f"steps x batch x sequence length{stages}")
-        self.set("epochs", round(tokens / self.train_tokens, 3), self._about_epochs(tokens / self.train_tokens))
+        epochs = tokens / self.train_tokens
+        self.set("epochs", round(epochs, 3), self._about_epochs(epochs, self._useful_epochs(shape)))
         self._set_optimizer(rows * length, shape.hidden_size, tokens)
         predicted = self._predict(shape, placement, speed, steps, tokens, length)
         self._say(predicted)
@@ -319,8 +327,10 @@ class _Planner:
 
     def _affordable(self, budget: Amount, shape: ModelConfig, seconds: float, per_step: float, length: int) -> int:
         """Steps that a budget buys, at most as many as still teach something."""
-        limit = self._useful_epochs(shape) * self.train_tokens / per_step
-        return int(min(self._amount_in_steps(budget, shape, seconds, per_step, length), max(limit, LEAST_STEPS)))
+        amount = self._amount_in_steps(budget, shape, seconds, per_step, length)
+        if self.config.steps is not None:  # whoever says how many wants them, however often the text repeats
+            return int(amount)
+        return int(min(amount, max(self._useful_epochs(shape) * self.train_tokens / per_step, LEAST_STEPS)))
 
     def _useful_epochs(self, shape: ModelConfig) -> float:
         return useful_epochs(self.law, shape.num_matrix_parameters(), self.train_tokens, self.train_bytes)
@@ -378,12 +388,12 @@ class _Planner:
         reason = f"{budget}"
         if budget.unit in ("seconds", "dollars"):
             reason += f" at {speed.seconds_per_step * 1000:.0f} ms per step, {speed.how}"
-        most = self._useful_epochs(shape)
-        if steps * per_step >= most * self.train_tokens - per_step:
+        if steps < int(self._amount_in_steps(budget, shape, speed.seconds_per_step, per_step, length)):
             reason = (
-                f"{most:.2g} epochs, less than the budget: beyond that a model of this size learns the text by heart "
-                "and gets worse on other text (LOG.md; Muennighoff et al. 2023); give more text"
+                f"{steps * per_step / self.train_tokens:.2g} epochs, less than the budget: beyond that a model of this "
+                "size learns the text by heart and is expected to get worse on other text (LOG.md); give more text"
             )
+            self.progress.say(f"note: {steps} steps are {reason}")
         return self.set("steps", steps, reason)
 
     # Memory and layout
@@ -463,12 +473,15 @@ class _Planner:
             probe = self._measurable(shape, placement.micro_rows, length, precision)
         parts = mean / placement.data_groups() / placement.micro_rows
         config = config or self.config
+        resettable = reset_peak_memory()
         seconds = measure_step(probe, placement.micro_rows, length, precision, steps, parts, self.here, config)
         seconds *= relative_cost(shape, probe, length) * RECOMPUTED[placement.checkpointing]
         seconds /= layout.tensor * layout.context
         seconds = with_communication(seconds, shape, layout, self._link())
         how = "measured here" if probe is shape else f"measured here at width {probe.hidden_size}"
-        peak = peak_memory_bytes() if probe is shape and self.here == "cpu" and self.devices == 1 else None
+        whole = probe is shape and placement.checkpointing == "none" and self.config.average_decay == 0
+        alone = self.here == "cpu" and self.devices == 1
+        peak = peak_memory_bytes() if resettable and whole and alone else None
         return Speed(seconds, seconds * (1 - TIME_ACCURACY), seconds * (1 + TIME_ACCURACY), how, peak)
 
     def _compilation(
@@ -554,9 +567,11 @@ class _Planner:
         self.set("vocab_size", shape.vocab_size, "tokenizer")
         self.set("parameters", parameters(shape), "matrix weights and embedding")
 
-    def _about_epochs(self, epochs: float) -> str:
+    def _about_epochs(self, epochs: float, useful: float) -> str:
         reason = f"over {'an estimated ' if self.estimated else ''}{self.train_tokens:,} training tokens"
-        if epochs > FEW_EPOCHS:
+        if epochs > useful * 1.01:
+            reason += f"; beyond {useful:.2g} a model of this size is expected to get worse on other text (LOG.md)"
+        elif epochs > FEW_EPOCHS:
             reason += f"; beyond {FEW_EPOCHS} they teach less and less (Muennighoff et al. 2023)"
         return reason
 
@@ -599,7 +614,8 @@ class _Planner:
     def _memory(self, placement: Placement, speed: Speed) -> int:
         """Peak of training: what measuring its step took and the copy for a checkpoint, or what the formulas say."""
         if speed.peak_memory_bytes is None:
-            return placement.memory.total + COMPILER_BYTES * self.values["compile"]["value"]
+            compiler = COMPILER_BYTES if self.values["compile"]["value"] and not self.accelerator else 0
+            return placement.memory.total + compiler
         self.calibration["memory_estimate_bytes"] = placement.memory.total
         return speed.peak_memory_bytes + placement.memory.checkpoint
 

@@ -59,6 +59,19 @@ def test_resuming_with_dropout_equals_never_stopping(tmp_path: Path) -> None:
     assert largest_difference(weights(other), weights(whole)) > 1e-4  # the seed counts
 
 
+def test_what_is_dropped_depends_on_seed_batch_and_part_alone(tmp_path: Path) -> None:
+    def draw(seed: int, step: int, passed_over: int, part: int) -> list[float]:
+        trainer = make_trainer(tmp_path, dropout=0.2, seed=seed)
+        trainer.step, trainer.passed_over = step, passed_over
+        trainer._seed_dropout(part)
+        return torch.rand(4).tolist()
+
+    assert draw(1, 3, 0, 0) == draw(1, 3, 0, 0) == draw(1, 1, 2, 0)  # a batch after going back is the same batch
+    others = [draw(1, 4, 0, 0), draw(1, 3, 1, 0), draw(1, 3, 0, 1), draw(2, 3, 0, 0), draw(-1, 3, 0, 0)]
+    assert draw(1, 3, 0, 0) not in others
+    assert len({tuple(values) for values in others}) == 4  # steps 4 + 0 and 3 + 1 are one batch
+
+
 def test_dropout_that_nobody_seeds_would_show(tmp_path: Path) -> None:
     """Negative control of the above."""
     whole, again = dropped(tmp_path / "one"), dropped(tmp_path / "two")

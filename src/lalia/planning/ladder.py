@@ -16,12 +16,14 @@ LEAST_RUNG_STEPS = 50
 
 
 class FinishedRun(NamedTuple):
-    """What a law needs of a run; its bits per byte are without the harm of `overfitting`.
+    """What a law needs of a run.
 
+    `overfitting` is the factor of its bits per byte that is put down to repeated text, which the law knows nothing of;
     `flops` is the computation of its training, `data` what has to be equal among runs that are compared.
     """
 
     point: RunPoint
+    overfitting: float
     flops: float
     unique_bytes: float
     bytes_per_token: float
@@ -63,12 +65,12 @@ def read_run(folder: Path) -> FinishedRun:
     if not score:
         raise UserError(f"{folder} has no bits per byte of its base model; leave it out")
     weights = shape.num_matrix_parameters()
-    score = float(score) / overfitting(summary["tokens"] / train["num_tokens"], weights, train["num_tokens"])
-    point = RunPoint(str(folder), weights, effective, score)
+    point = RunPoint(str(folder), weights, effective, float(score))
+    harm = overfitting(summary["tokens"] / train["num_tokens"], weights, train["num_tokens"])
     length = plan["values"]["sequence_length"]["value"]
     flops = shape.flops_per_token(length) * summary["tokens"]
     data = (int(train["num_bytes"]), int(held_out["num_bytes"]))
-    return FinishedRun(point, flops, float(train["num_bytes"]), bytes_per_token, data)
+    return FinishedRun(point, harm, flops, float(train["num_bytes"]), bytes_per_token, data)
 
 
 def fit_runs(folders: Sequence[Path]) -> tuple[Law, list[FinishedRun]]:
@@ -84,7 +86,8 @@ def fit_runs(folders: Sequence[Path]) -> tuple[Law, list[FinishedRun]]:
                 f"{run.point.name} and {runs[0].point.name} have different texts (training and held-out bytes "
                 f"{run.data} and {runs[0].data}); a law needs runs on the same data"
             )
-    return fit([run.point for run in runs], f"{len(runs)} runs: " + ", ".join(run.point.name for run in runs)), runs
+    points = [run.point._replace(bits_per_byte=run.point.bits_per_byte / run.overfitting) for run in runs]
+    return fit(points, f"{len(runs)} runs: " + ", ".join(run.point.name for run in runs)), runs
 
 
 def rungs(sizes: Sequence[tuple[int, int, float]], chosen: int, seconds: float) -> list[Rung]:

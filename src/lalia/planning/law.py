@@ -16,10 +16,11 @@ REPEAT_DECAY_EPOCHS, MOST_EPOCHS = 15.4, 40
 """Data repeated r times is worth U (1 + R (1 - exp(-r / R))) fresh bytes; beyond 40 passes it teaches nothing
 (Muennighoff et al. 2023)."""
 
-HARMLESS_EPOCHS, MEASURED_EPOCHS, OVERFITTING = 1.5, 5.0, 0.0065
-"""Passes over a text beyond the first of these cost its share of the bits per byte times their square, where the model
-has a weight for every token (LOG.md, 2026-12-01: seven runs at three widths, 2 to 4.6 passes). Beyond the second, where
-nothing was measured, the cost is taken to go on growing as fast as there."""
+MEASURED_EPOCHS, OVERFITTING = 5.0, 0.007
+"""Passes over a text after the first cost its share of the bits per byte times their square, where the model has a
+weight for every token (LOG.md, 2026-12-01: seven runs at three widths, 2 to 4.6 passes). Beyond the first figure,
+where nothing was measured, the cost is taken to go on growing as fast as there."""
+HARMLESS_TOKENS_PER_WEIGHT = 20.0
 MOST_WEIGHTS_PER_TOKEN = 10.0
 """Models with more weights than that for every token of the text are not planned: none was measured beyond 3.5."""
 
@@ -152,12 +153,14 @@ def overfitting(epochs: float, matrix_parameters: float, unique_tokens: float) -
     """Factor of the bits per byte on held-out text where a model learns repeated text by heart.
 
     Muennighoff et al. 2023 repeat text up to four times nearly for nothing, with about twenty tokens for each weight.
-    The harm is taken to grow with the weights a token has, up to one; between one and 3.5 it was the same.
+    The harm is taken to grow with the logarithm of the weights a token has, from none there to all of it at one;
+    between one and 3.5 it was the same.
     """
-    beyond = max(0.0, epochs - HARMLESS_EPOCHS)
-    measured = min(beyond, MEASURED_EPOCHS - HARMLESS_EPOCHS)
+    beyond = max(0.0, epochs - 1.0)
+    measured = min(beyond, MEASURED_EPOCHS - 1.0)
     cost = OVERFITTING * (measured**2 + 2.0 * measured * (beyond - measured))
-    return 1.0 + cost * min(1.0, matrix_parameters / unique_tokens)
+    share = 1.0 - math.log(unique_tokens / matrix_parameters) / math.log(HARMLESS_TOKENS_PER_WEIGHT)
+    return 1.0 + cost * min(1.0, max(0.0, share))
 
 
 def useful_epochs(law: Law, matrix_parameters: float, unique_tokens: float, unique_bytes: float) -> float:

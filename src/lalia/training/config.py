@@ -165,7 +165,8 @@ class LoopConfig(Settings):
 
 
 RUNTIME_ONLY = {"checkpoint_seconds", "keep_checkpoints", "parallel", "timeout_seconds", "tensorboard"}
-"""Settings that do not change what is trained (beyond rounding): changing them redoes nothing."""
+"""Settings that do not change what is trained (beyond rounding, and which values dropout draws): changing them
+redoes nothing."""
 
 
 class TrainingConfig(LoopConfig):

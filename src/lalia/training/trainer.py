@@ -271,7 +271,7 @@ class Trainer:
         """Let a micro-batch's dropout depend on the run, its batch and part and on the rows alone, so that a run that
         was interrupted goes on as if it had not been. Processes that share rows (tensor parallel) drop the same."""
         rows = [self.world.data_rank, self.world.context_rank]
-        sequence = np.random.SeedSequence([self.loop.seed, self.step + self.passed_over, part, *rows])
+        sequence = np.random.SeedSequence([self.loop.seed % 2**64, self.step + self.passed_over, part, *rows])
         torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]) >> 1)
 
     def _go_back(self) -> None:
