@@ -613,10 +613,11 @@ class _Planner:
 
     def _memory(self, placement: Placement, speed: Speed) -> int:
         """Peak of training: what measuring its step took and the copy for a checkpoint, or what the formulas say."""
+        compiler = COMPILER_BYTES if self.values["compile"]["value"] and not self.accelerator else 0
+        estimate = placement.memory.total + compiler
         if speed.peak_memory_bytes is None:
-            compiler = COMPILER_BYTES if self.values["compile"]["value"] and not self.accelerator else 0
-            return placement.memory.total + compiler
-        self.calibration["memory_estimate_bytes"] = placement.memory.total
+            return estimate
+        self.calibration["memory_estimate_bytes"] = estimate
         return speed.peak_memory_bytes + placement.memory.checkpoint
 
     def _say(self, predicted: dict[str, Any]) -> None:
