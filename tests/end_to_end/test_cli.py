@@ -329,9 +329,10 @@ def test_plan_gives_values_with_reasons_and_what_to_expect(
         "seconds_per_step",
     }
     assert made["predicted"].keys() == keys
-    assert 50 < made["predicted"]["seconds"] <= 60
+    assert 0 < made["predicted"]["seconds"] < 50  # the corpus is small, and would be learnt by heart
+    assert "less than the budget" in made["values"]["steps"]["reason"]
     more = json.loads(main("plan", str(corpus), "--minutes", "10", precision, "--json").out)
-    assert more["predicted"]["bits_per_byte"] < made["predicted"]["bits_per_byte"]
+    assert more["predicted"]["bits_per_byte"] <= made["predicted"]["bits_per_byte"]
     assert not Path("runs").exists()
     shown = main("plan", str(corpus), "--minutes", "1", precision).out
     for name, entry in made["values"].items():
