@@ -27,7 +27,14 @@ from lalia.errors import UserError
 from lalia.files import read_json
 from lalia.model.config import ModelConfig
 from lalia.model.shapes import ArchitectureConfig
-from lalia.planning.law import MOST_WEIGHTS_PER_TOKEN, effective_bytes, load_law, overfitting, useful_epochs
+from lalia.planning.law import (
+    MOST_WEIGHTS_PER_TOKEN,
+    effective_bytes,
+    expected_on_text,
+    load_law,
+    overfitting,
+    useful_epochs,
+)
 from lalia.planning.layout import FILL, NODE, TOKENS_PER_THREAD, Placement, place
 from lalia.planning.memory import COMPILER_BYTES, parameters, training_memory
 from lalia.planning.rules import (
@@ -316,12 +323,8 @@ class _Planner:
         return best
 
     def _quality(self, shape: ModelConfig, tokens: float) -> float:
-        weights = shape.num_matrix_parameters()
-        effective = effective_bytes(tokens * self.bytes_per_token, self.train_bytes)
-        return self.law.bits_per_byte(weights, effective) * self._overfitting(weights, tokens)
-
-    def _overfitting(self, weights: int, tokens: float) -> float:
-        return overfitting(tokens / self.train_tokens, weights, self.train_tokens)
+        weights, epochs = shape.num_matrix_parameters(), tokens / self.train_tokens
+        return expected_on_text(self.law, weights, epochs, self.train_tokens, self.train_bytes)
 
     # What a budget buys
 
@@ -587,11 +590,10 @@ class _Planner:
     ) -> dict[str, Any]:
         seconds = steps * speed.seconds_per_step
         flops = shape.flops_per_token(length) * tokens
-        weights = shape.num_matrix_parameters()
+        weights, expected = shape.num_matrix_parameters(), self._quality(shape, tokens)
         effective = effective_bytes(tokens * self.bytes_per_token, self.train_bytes)
-        factor = self._overfitting(weights, tokens)
-        expected = factor * self.law.bits_per_byte(weights, effective)
-        low, high = (factor * bound for bound in self.law.interval(weights, effective))
+        harm = overfitting(tokens / self.train_tokens, weights, self.train_tokens)
+        low, high = (harm * bound for bound in self.law.interval(weights, effective))
         predicted: dict[str, Any] = {
             "seconds": round(seconds, 1),
             "seconds_interval": [round(steps * speed.low, 1), round(steps * speed.high, 1)],

@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from lalia.evaluation.charts import ticks
 from lalia.planning.ladder import FinishedRun
-from lalia.planning.law import Law, effective_bytes, overfitting
+from lalia.planning.law import Law, expected_on_text
 
 WIDTH, HEIGHT = 64, 18  # of the drawing in a terminal, in characters
 
@@ -29,8 +29,7 @@ def best_at(law: Law, flops: float, unique_bytes: float, bytes_per_token: float)
     tokens = flops / (6.0 * sizes)
     unique_tokens = unique_bytes / bytes_per_token
     return min(
-        law.bits_per_byte(size, effective_bytes(count * bytes_per_token, unique_bytes))
-        * overfitting(count / unique_tokens, size, unique_tokens)
+        expected_on_text(law, size, count / unique_tokens, unique_tokens, unique_bytes)
         for size, count in zip(sizes.tolist(), tokens.tolist(), strict=True)
     )
 

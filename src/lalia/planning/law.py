@@ -21,6 +21,7 @@ MEASURED_EPOCHS, OVERFITTING = 5.0, 0.007
 weight for every token (LOG.md, 2026-12-01: seven runs at three widths, 2 to 4.6 passes). Beyond the first figure,
 where nothing was measured, the cost is taken to go on growing as fast as there."""
 HARMLESS_TOKENS_PER_WEIGHT = 20.0
+"""With so many tokens for each weight, passes are taken to cost nothing."""
 MOST_WEIGHTS_PER_TOKEN = 10.0
 """Models with more weights than that for every token of the text are not planned: none was measured beyond 3.5."""
 
@@ -163,14 +164,20 @@ def overfitting(epochs: float, matrix_parameters: float, unique_tokens: float) -
     return 1.0 + cost * min(1.0, max(0.0, share))
 
 
+def expected_on_text(
+    law: Law, matrix_parameters: float, epochs: float, unique_tokens: float, unique_bytes: float
+) -> float:
+    """Bits per byte on held-out text after so many passes over a text: the law, repeats discounted, and their harm."""
+    effective = effective_bytes(epochs * unique_bytes, unique_bytes)
+    return law.bits_per_byte(matrix_parameters, effective) * overfitting(epochs, matrix_parameters, unique_tokens)
+
+
 def useful_epochs(law: Law, matrix_parameters: float, unique_tokens: float, unique_bytes: float) -> float:
     """Passes over a text after which held-out text is expected to get worse, at most MOST_EPOCHS."""
-
-    def expected(epochs: float) -> float:
-        learnt = law.bits_per_byte(matrix_parameters, effective_bytes(epochs * unique_bytes, unique_bytes))
-        return learnt * overfitting(epochs, matrix_parameters, unique_tokens)
-
-    return min(np.arange(1.0, MOST_EPOCHS + 0.05, 0.05).tolist(), key=expected)
+    return min(
+        np.arange(1.0, MOST_EPOCHS + 0.05, 0.05).tolist(),
+        key=lambda epochs: expected_on_text(law, matrix_parameters, epochs, unique_tokens, unique_bytes),
+    )
 
 
 def fit(points: Sequence[RunPoint], source: str = "") -> Law:

@@ -34,9 +34,10 @@ def checkpoint_activations(model: Transformer, mode: CheckpointMode) -> None:
     for layer in _layers(model):
         for module in (layer, layer.feed_forward):
             vars(module).pop("forward", None)
-        if mode != "none":
-            # Only dropout draws random numbers, and the feed-forward network by itself has none.
-            _checkpoint(*((layer, layer.dropout.p > 0) if mode == "full" else (layer.feed_forward, False)))
+        if mode == "full":
+            _checkpoint(layer, random=layer.dropout.p > 0)
+        elif mode == "selective":
+            _checkpoint(layer.feed_forward)  # dropout, which alone draws random numbers, comes after it
 
 
 def _layers(model: Transformer) -> list[Block]:
@@ -44,7 +45,11 @@ def _layers(model: Transformer) -> list[Block]:
 
 
 def _checkpoint(module: nn.Module, random: bool = False) -> None:
-    """Shadow the module's forward; the names of its weights stay, which a wrapper around it would change."""
+    """Shadow the module's forward; the names of its weights stay, which a wrapper around it would change.
+
+    Args:
+        random: whether it draws random numbers, which have to be the same the second time.
+    """
     module.forward = partial(_again, module.forward, random)
 
 

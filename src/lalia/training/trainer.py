@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lalia.data.loader import Batch
+from lalia.data.packing import keyed_hash
 from lalia.errors import UserError
 from lalia.model.transformer import Transformer
 from lalia.progress import Progress
@@ -270,9 +271,9 @@ class Trainer:
     def _seed_dropout(self, part: int) -> None:
         """Let a micro-batch's dropout depend on the run, its batch and part and on the rows alone, so that a run that
         was interrupted goes on as if it had not been. Processes that share rows (tensor parallel) drop the same."""
-        rows = [self.world.data_rank, self.world.context_rank]
-        sequence = np.random.SeedSequence([self.loop.seed % 2**64, self.step + self.passed_over, part, *rows])
-        torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]) >> 1)
+        rows = self.world.data_rank, self.world.context_rank
+        seeds = keyed_hash(np.array([part]), self.loop.seed, self.step + self.passed_over, *rows)
+        torch.manual_seed(int(seeds[0]))
 
     def _go_back(self) -> None:
         """Return to the last checkpoint, and pass over the batches since.

@@ -94,23 +94,16 @@ def test_two_processes_end_with_the_weights_of_one(tmp_path: Path, alone: dict[s
         assert end["tokens"] == alone["tokens"]
 
 
-def train_with_dropout(folder: str, layouts: list[dict[str, int]]) -> list[dict[str, torch.Tensor]]:
-    ends = []
-    for number, layout in enumerate(layouts):
-        path = Path(folder, f"dropout-{number}")
-        path.mkdir(exist_ok=True)
-        ends.append(train(str(path), layout, dropout=0.3)["weights"])
-    return ends
-
-
 def test_processes_that_share_rows_drop_the_same(tmp_path: Path, alone: dict[str, Any]) -> None:
     """Tensor parallel gives the weights of one process; processes with rows of their own drop others than it."""
-    two = tmp_path / "two"
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir()
     two.mkdir()
-    expected = train_with_dropout(str(tmp_path), [{}])[0]
-    tensor, replicate = run(train_with_dropout, 2, str(two), [{"tensor": 2}, {"replicate": 2}])[0]
-    assert largest_difference(tensor, expected) < TOLERANCE
-    assert largest_difference(replicate, expected) > 1e-3
+    loop: dict[str, Any] = {"dropout": 0.3}
+    expected = train(str(one), {}, **loop)["weights"]
+    tensor, replicate = run(train_all, 2, str(two), [({"tensor": 2}, loop), ({"replicate": 2}, loop)])[0]
+    assert largest_difference(tensor["weights"], expected) < TOLERANCE
+    assert largest_difference(replicate["weights"], expected) > 1e-3
     assert largest_difference(alone["weights"], expected) > 1e-3
 
 
