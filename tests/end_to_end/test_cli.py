@@ -239,6 +239,13 @@ def test_the_peak_memory_of_a_stage_is_its_own(main: Main, corpus: Path, tmp_pat
     assert json.loads(answer.out)["base"]["peak_memory_bytes"] < before - 256 * 2**20
     planned = json.loads((tmp_path / "run" / "plan" / "plan.json").read_text())["predicted"]["memory_bytes"]
     assert planned < before - 256 * 2**20
+    # And where the plan, which starts counting for its own measurement, had been made before.
+    shutil.rmtree(tmp_path / "run" / "base")
+    block = b"1" * 2**30
+    before = peak_memory_bytes()
+    del block
+    answer = main("pretrain", str(corpus), *SETTINGS, "--run", str(tmp_path / "run"), "--json")
+    assert json.loads(answer.out)["base"]["peak_memory_bytes"] < before - 256 * 2**20
 
 
 def test_json_of_generate_and_chat(main: Main, finished_run: Path) -> None:
