@@ -6,8 +6,8 @@ import torch
 from lalia.training.guard import WINDOW, StepGuard
 
 
-def judged(guard: StepGuard, losses: list[float], norm: float = 1.0) -> list[bool]:
-    return [bool(guard.judge(torch.tensor(loss), torch.tensor(norm))) for loss in losses]
+def judged(guard: StepGuard, losses: list[float], norm: float = 1.0, present: bool = True) -> list[bool]:
+    return [bool(guard.judge(torch.tensor(loss), torch.tensor(norm), torch.tensor(present))) for loss in losses]
 
 
 def noisy(count: int, seed: int = 0) -> list[float]:
@@ -54,5 +54,15 @@ def test_a_gradient_that_explodes_is_a_spike_though_the_loss_is_not() -> None:
     guard = StepGuard(6.0, torch.device("cpu"))
     generator = torch.Generator().manual_seed(1)
     for loss in noisy(100):
-        guard.judge(torch.tensor(loss), 1.0 + 0.1 * torch.randn((), generator=generator))
+        guard.judge(torch.tensor(loss), 1.0 + 0.1 * torch.randn((), generator=generator), torch.tensor(True))
     assert not judged(guard, [3.0], norm=2.5)[0]
+
+
+def test_a_batch_without_targets_is_neither_usual_nor_skipped() -> None:
+    guard = StepGuard(6.0, torch.device("cpu"))
+    judged(guard, noisy(100))
+    before = guard.history.clone()
+    assert all(judged(guard, [0.0] * 100, norm=0.0, present=False))
+    assert guard.counts.tolist() == [100, 0, 0]
+    torch.testing.assert_close(guard.history, before, rtol=0, atol=0)
+    assert not judged(guard, [3.9])[0]

@@ -188,25 +188,70 @@ def test_a_batch_that_cannot_be_divided(tmp_path: Path) -> None:
         trainer._prepared(0)
 
 
-def test_weights_that_are_no_numbers_are_replaced_by_the_last_good_ones(tmp_path: Path) -> None:
-    """A fault of the machine after step 9; without going back, no later step would be applied."""
+class Corrupting(RandomBatches):
+    """A fault of the machine: when the batch of a step is asked for, for the first time, a weight is no number."""
 
-    class Corrupting(RandomBatches):
-        def batch(self, step: int) -> Batch:
-            if step == 10:
-                with torch.no_grad():
-                    trainer.model.head_weight[0, 0] = float("nan")
-            return super().batch(step)
+    def __init__(self, trainer: Any, step: int) -> None:
+        super().__init__()
+        self.trainer, self.at = trainer, step
 
-    trainer = make_trainer(
-        tmp_path,
-        24,
-        batches=Corrupting(),
-        **LOOKING_BACK,
-    )
+    def batch(self, step: int) -> Batch:
+        if step == self.at:
+            self.at = -1
+            with torch.no_grad():
+                self.trainer.model.head_weight[0, 0] = float("nan")
+        return super().batch(step)
+
+
+@pytest.mark.parametrize(("checkpoint_seconds", "at"), [(1e6, 10), (0.0, 10), (0.0, 23)])
+def test_weights_that_are_no_numbers_are_replaced_by_the_last_good_ones(
+    tmp_path: Path, checkpoint_seconds: float, at: int
+) -> None:
+    """Without going back no later step would be applied; a checkpoint of them would push out the good ones."""
+    trainer = make_trainer(tmp_path, 24, **{**LOOKING_BACK, "checkpoint_seconds": checkpoint_seconds})
+    trainer.batches = Corrupting(trainer, at)
     happened = trainer.train()
-    assert happened["rewinds"] == 1
+    assert (happened["rewinds"], happened["steps"]) == (1, 24)
     assert all(torch.isfinite(value).all() for value in weights(trainer).values())
+
+
+def test_without_a_look_at_the_weights_they_would_be_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control."""
+    monkeypatch.setattr("lalia.training.trainer.Trainer._finite", lambda self: True)
+    trainer = make_trainer(tmp_path, 24, **{**LOOKING_BACK, "checkpoint_seconds": 0.0})
+    trainer.batches = Corrupting(trainer, 23)
+    assert trainer.train()["rewinds"] == 0
+    assert not all(torch.isfinite(value).all() for value in weights(trainer).values())
+
+
+def test_no_checkpoint_is_written_while_steps_are_skipped(tmp_path: Path) -> None:
+    """All 4 of the bad steps are passed over, as the last checkpoint is from before them."""
+    settings = {**LOOKING_BACK, "checkpoint_seconds": 0.0}
+    trainer = make_trainer(tmp_path, 24, batches=Poisoned(range(12, 16)), objective=poisonable, **settings)
+    assert trainer.train()["rewinds"] == 1
+    assert trainer.passed_over == 4
+
+
+def test_a_signal_in_the_last_step_ends_the_stage_too(tmp_path: Path, trained: dict[str, torch.Tensor]) -> None:
+    def evaluate(step: int) -> dict[str, Any]:
+        evaluated.append(step)
+        return {}
+
+    def last_step(batch: Batch) -> None:
+        step(batch)
+        if trainer.step == 11:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    evaluated: list[int] = []
+    trainer = make_trainer(tmp_path, evaluate=evaluate)
+    step, trainer._train_step = trainer._train_step, last_step  # type: ignore[method-assign]
+    with pytest.raises(SystemExit):
+        trainer.train()
+    assert evaluated == []
+    resumed = make_trainer(tmp_path, evaluate=evaluate)
+    resumed.train()
+    assert evaluated == [12]
+    assert largest_difference(weights(resumed), trained) == 0.0
 
 
 def test_a_short_run_of_bad_steps_only_does_not_count_as_trained(tmp_path: Path) -> None:

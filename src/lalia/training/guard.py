@@ -27,8 +27,11 @@ class StepGuard:
         """Steps in the history so far, steps skipped in all, steps skipped in a row."""
         self._places = torch.arange(WINDOW, device=device)
 
-    def judge(self, loss: Tensor, norm: Tensor) -> Tensor:
-        """1.0 to apply the step, 0.0 to skip it (a 0-d float32 tensor); loss and norm are 0-d."""
+    def judge(self, loss: Tensor, norm: Tensor, present: Tensor) -> Tensor:
+        """1.0 to apply the step, 0.0 to skip it (a 0-d float32 tensor); all arguments are 0-d.
+
+        `present` says whether the batch had anything to predict; one that had not does not enter the history.
+        """
         values = torch.stack((loss, norm)).float()
         keep = values.isfinite().all()
         if self.deviations:
@@ -38,10 +41,10 @@ class StepGuard:
             spread = (((self.history - mean[:, None]) * mask).square().sum(1) / seen.clamp(min=1)).sqrt()
             usual = (values <= mean + self.deviations * spread + 1e-3 * mean.abs()).all()
             keep = keep & (usual | (seen < WINDOW // 2))
-        here = (self._places == self.counts[0] % WINDOW) & keep
+        here = (self._places == self.counts[0] % WINDOW) & keep & present
         self.history.copy_(torch.where(here, values[:, None], self.history))
         kept = keep.to(torch.int64)
-        self.counts[0] += kept
+        self.counts[0] += kept * present
         self.counts[1] += 1 - kept
         self.counts[2].copy_((self.counts[2] + 1) * (1 - kept))
         return keep.float()

@@ -154,11 +154,13 @@ class Trainer:
         self.progress.record("start")
         self.model.train()
         with Interruption() as interruption:
-            while self.step < self.num_steps:
-                self._run(interruption)
-        self.save()  # before the last evaluation, so that nothing of the training can be lost
-        with self.meters.phase("checkpoint"):
-            self.checkpoints.wait()
+            while not self._run(interruption) or not self.save(suspect=True):
+                self._go_back()
+            # Saved before the last evaluation, so that nothing of the training can be lost.
+            with self.meters.phase("checkpoint"):
+                self.checkpoints.wait()
+            if self.world.agree(interruption.received is not None)[0]:
+                self._leave(interruption)
         if self.average is not None:
             self.average.exchange()
         self._evaluate()
@@ -172,15 +174,16 @@ class Trainer:
     def _log_every(self) -> int:
         return max(1, self.num_steps // 200)
 
-    def _run(self, interruption: Interruption) -> None:
-        """Steps until the end, or until training has to go back."""
+    def _run(self, interruption: Interruption) -> bool:
+        """Steps until the end; False if training has to go back instead."""
         ahead = Prefetcher(self._prepared, self.step, self.num_steps)
         self.meters.start(self._first_started)
         saved_at = time.perf_counter()
         try:
             while self.step < self.num_steps:
                 if self.step in self.evaluation_steps:
-                    self.save()
+                    if not self.save():
+                        return False
                     self._evaluate(averaged=True)
                     saved_at = time.perf_counter()
                 self.heartbeat.beat(self.step, "waiting for its batch")
@@ -193,21 +196,20 @@ class Trainer:
                     self._log()
                 look = self.step % self.loop.max_skipped == 0 or self.step == self.num_steps
                 if look and int(self.guard.counts[2]) >= min(self.loop.max_skipped, self.num_steps):
-                    self._go_back()
-                    return
+                    return False
                 due = time.perf_counter() - saved_at > self.loop.checkpoint_seconds
                 stopped, due = self.world.agree(interruption.received is not None, due)
                 if (stopped or due or self.step in self.milestones) and self.step < self.num_steps:
-                    self.save()
+                    if not self.save(suspect=stopped):
+                        return False
                     saved_at = time.perf_counter()
-                if stopped:
-                    self._leave(interruption)
+                    if stopped:
+                        self._leave(interruption)
+            return True
         finally:
             ahead.stop()
 
     def _leave(self, interruption: Interruption) -> None:
-        if self.step == self.num_steps:  # nothing is left to do but the last save and evaluation
-            return
         name = interruption.received.name if interruption.received else "a signal to another process"
         self.progress.say(f"stopped by {name} at step {self.step}, which is saved; the same command continues there")
         interruption.leave()
@@ -224,7 +226,8 @@ class Trainer:
         if ranks > 1:
             share = len(batch.tokens) // ranks
             batch = batch.rows(self.world.data_rank * share, (self.world.data_rank + 1) * share)
-        return shard_batch(batch, self.world)
+        batch = shard_batch(batch, self.world)
+        return batch.pinned() if self.world.device.type == "cuda" else batch
 
     def _train_step(self, batch: Batch) -> None:
         """One optimizer step, without waiting for the device."""
@@ -253,7 +256,9 @@ class Trainer:
         norm = gradient_norm(self.model, self.world) / weight
         # All processes must judge alike, to the last bit: one that skips a step alone would part from the others.
         loss, norm = self.world.from_main(torch.stack((sums["loss"] / weight, norm.double()))).unbind()
-        keep = self.guard.judge(loss, norm) * (sums["weight"] > 0)
+        present = sums["weight"] > 0
+        usual = self.guard.judge(loss, norm, present)
+        keep = usual * present
         _scale(gradients, ((self.settings.gradient_clip / (norm + 1e-12)).clamp(max=1.0) / weight).float())
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -264,7 +269,7 @@ class Trainer:
         self.model.zero_grad(set_to_none=True)
         rows, length = batch.tokens.shape
         self.meters.step(rows * self.world.data_size, length * self.world.layout.context, sums["weight"])
-        sums["skipped"] = 1.0 - keep.double()
+        sums["skipped"] = 1.0 - usual.double()
         for key, value in sums.items():
             self._sums[key] = self._sums.get(key, 0.0) + value
 
@@ -282,9 +287,13 @@ class Trainer:
             UserError: if there is none, or the run has gone back too often.
         """
         bad, rewinds, passed_over = self.step, self.rewinds, self.passed_over
+        if self._finite():
+            row = f"for {self.loop.max_skipped} steps in a row"
+            why = f"loss or gradient was not finite, or far above what it had been, {row}"
+        else:
+            why = "weights are no longer finite numbers"
         advice = (
-            f"the loss or gradient was not finite, or far above what it had been, for {self.loop.max_skipped} steps in "
-            f"a row (step {bad}, after going back {rewinds} times); lower the learning rates of the stage "
+            f"{why} (step {bad}, after going back {rewinds} times); lower the learning rates of the stage "
             "(optimizer.matrix_learning_rate) or use precision = 'float32'. The last good checkpoint is in "
             f"{self.folder}; other settings begin the stage anew and remove it, so copy what you want to keep"
         )
@@ -296,8 +305,7 @@ class Trainer:
         self._truncate_metrics(self.step)
         self.progress.record("rewind", step=self.step, from_step=bad, passed_over=self.passed_over)
         self.progress.say(
-            f"warning: {self.loop.max_skipped} steps in a row were skipped; going back from step {bad} to {self.step}, "
-            f"and on with the batches after those"
+            f"warning: {why}; going back from step {bad} to {self.step}, and on with the batches after those"
         )
 
     def _log(self) -> None:
@@ -347,12 +355,28 @@ class Trainer:
             if isinstance(value, str):
                 self.progress.say(f"    {key}: {value!r}")
 
-    def save(self) -> None:
-        """Write a checkpoint of everything that the remaining steps depend on, beside the training."""
+    def save(self, suspect: bool = False) -> bool:
+        """Write a checkpoint of everything that the remaining steps depend on, beside the training.
+
+        While steps are being skipped nothing is written, unless `suspect`: whoever goes back needs an older one.
+
+        Returns:
+            False, and nothing is written, if a weight is not a finite number.
+        """
         self.heartbeat.beat(self.step, "saving")
         with self.meters.phase("checkpoint"):
+            if not self._finite():
+                return False
+            if not suspect and self.guard.counts[2]:
+                return True
             meta = {"meters": self.meters.state(), "rewinds": self.rewinds, "passed_over": self.passed_over}
             self.checkpoints.save(self.step, self._state(), meta)
+        return True
+
+    def _finite(self) -> bool:
+        """Whether all weights, in all processes, are finite numbers: their norms are, in one pass over them."""
+        norms = torch.stack([local(p.detach()).norm() for p in self.model.parameters()])
+        return not self.world.agree(not bool(norms.isfinite().all()))[0]
 
     def _state(self) -> dict[str, Tensor]:
         state = saved_state(self.model, self.optimizers) | self.guard.state()

@@ -26,6 +26,29 @@ def _sleep() -> None:
     time.sleep(60)
 
 
+def _waited(group: str, timeout_seconds: float) -> float:
+    """Seconds that a process waits, in a group of a mesh or in "tokens", for one that does not come."""
+    world = start(ParallelConfig(replicate=2, shard=2), timeout_seconds)
+    began = time.monotonic()
+    waited = 0.0
+    if world.rank == 1:
+        with pytest.raises(RuntimeError):
+            if group == "tokens":
+                world.sum(torch.ones(1))
+            else:
+                assert world.mesh is not None
+                dist.all_reduce(torch.ones(1), group=world.mesh.get_group(group))
+        waited = time.monotonic() - began
+    time.sleep(max(0.0, began + 4 - time.monotonic()))
+    return waited
+
+
+@pytest.mark.parametrize("group", ["replicate", "shard", "tokens"])
+def test_no_group_of_processes_waits_longer_than_asked(group: str) -> None:
+    """Sub-groups have a timeout of their own, half an hour for gloo, unless they are told."""
+    assert run(_waited, 4, group, 1.5, timeout_seconds=30.0)[1] == pytest.approx(1.5, abs=1.0)
+
+
 def test_results_by_rank() -> None:
     assert run(_sum, 2, 10) == [(0, torch.tensor([21.0])), (1, torch.tensor([21.0]))]
 

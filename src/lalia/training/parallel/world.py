@@ -125,7 +125,13 @@ def start(config: ParallelConfig, timeout_seconds: float = 600.0) -> World:
         # Of every rank of a group of experts the others have other rows, but the same part of them.
         ranks = torch.arange(size).view(-1, layout.expert, context).transpose(1, 2).reshape(-1, layout.expert)
         experts = DeviceMesh(device.type, ranks, mesh_dim_names=("copies", "expert"))
-    return World(layout, device, dist.get_rank(), size, mesh, weights, experts, timeout_seconds)
+    world = World(layout, device, dist.get_rank(), size, mesh, weights, experts, timeout_seconds)
+    meshes = [each for each in (mesh, weights, experts) if each is not None]
+    groups = [dist.group.WORLD, world.tokens, *(group for each in meshes for group in each.get_all_groups())]
+    for group in groups:  # those of a mesh, and the one that Ray has formed, come with a timeout of their own
+        if group is not None:
+            group.set_timeout(timedelta(seconds=timeout_seconds))
+    return world
 
 
 def _join(backend: str, timeout: timedelta) -> None:
