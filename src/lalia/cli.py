@@ -179,7 +179,12 @@ def plan(
         from lalia.scaling import plan_ladder
 
         result = plan_ladder(
-            recipe, facts, source or recipe.name, run_folder.with_name(f"{recipe.name}-ladder"), progress
+            recipe,
+            facts,
+            source or recipe.name,
+            overrides,
+            run_folder.with_name(f"{recipe.name}-ladder"),
+            progress,
         )
         if as_json:
             print_json(result)

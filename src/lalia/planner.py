@@ -4,10 +4,9 @@ The speed is measured on this machine by a short calibration; the rules that tur
 or were measured in LOG.md, and each value says which.
 """
 
-import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,18 +14,11 @@ from typing import Any
 
 import torch
 
-from lalia.devices import (
-    make_deterministic,
-    memory_bytes,
-    num_processes,
-    peak_memory_bytes,
-    reset_peak_memory,
-    use_threads,
-)
+from lalia.devices import make_deterministic, memory_bytes, num_processes, use_threads
 from lalia.errors import UserError
 from lalia.files import read_json
 from lalia.model.config import ModelConfig
-from lalia.model.shapes import ArchitectureConfig
+from lalia.planning.budgets import enough, steps_bought
 from lalia.planning.law import (
     MOST_WEIGHTS_PER_TOKEN,
     effective_bytes,
@@ -35,46 +27,23 @@ from lalia.planning.law import (
     overfitting,
     useful_epochs,
 )
-from lalia.planning.layout import FILL, NODE, TOKENS_PER_THREAD, Placement, place
-from lalia.planning.memory import COMPILER_BYTES, parameters, training_memory
-from lalia.planning.rules import (
-    FEW_EPOCHS,
-    SMALL_BATCH_TOKENS,
-    batch_tokens,
-    depth_of,
-    scale_optimizer,
-)
-from lalia.planning.speed import (
-    LOOPBACK,
-    NETWORK_LINK,
-    NODE_LINK,
-    RECOMPUTED,
-    Speed,
-    bfloat16_speedup,
-    estimated_step,
-    measure_step,
-    relative_cost,
-    require_datasheet,
-    with_communication,
-)
+from lalia.planning.layout import FILL, LEVELS, TOKENS_PER_THREAD, Placement, place
+from lalia.planning.memory import COMPILER_BYTES, Checkpointing, parameters, training_memory
+from lalia.planning.rules import FEW_EPOCHS, SMALL_BATCH_TOKENS, batch_tokens, scale_optimizer
+from lalia.planning.sizes import candidates
+from lalia.planning.speed import Speed, StepTimer, bfloat16_speedup, relative_cost, require_datasheet
 from lalia.progress import Progress
 from lalia.recipe import Recipe
 from lalia.training.compilation import compiler_failure, find_compiler
 from lalia.training.config import Amount, TrainingConfig, parse_budget
-from lalia.training.hardware import device_name, find_datasheet
+from lalia.training.hardware import device_name
 from lalia.training.parallel.layout import ParallelConfig, misfits
 from lalia.training.schedule import BatchSchedule, mean_rows, rows_of_stages
-
-WIDTHS = (64, 96, 128, 192, 256, 320, 384, 448, 512, 640, 768, 1024)
-LARGE_WIDTHS = (1280, 1536, 2048, 2560, 3072, 4096, 5120, 6144, 8192)
-"""Widths the planner chooses among; the depth follows from the width."""
 
 LEAST_STEPS = 20
 """A model that gets fewer steps has learned nothing worth the name."""
 COMPILED_FROM_SECONDS = 300
 """Shorter runs are over before compiling has paid: a first compilation takes most of a minute on two processors."""
-TIME_ACCURACY = 0.2
-"""Relative error of the time that a measured speed should keep to: the target of benchmarks/planner_accuracy.py."""
 
 
 def make_plan(recipe: Recipe, manifest: dict[str, Any], progress: Progress) -> dict[str, Any]:
@@ -134,6 +103,15 @@ class _Planner:
             optimizer=self.config.optimizer.kind,
             average=self.config.average_decay > 0,
         )
+        self.timer = StepTimer(
+            config=self.config,
+            architecture=recipe.model,
+            vocab_size=self.vocab_size,
+            device=self.here,
+            num_devices=self.devices,
+            sheet=self.sheet,
+            fits=lambda *training: self.memory(*training).total <= FILL * self.device_bytes,
+        )
         self.asked_layout = None if self.config.parallel == ParallelConfig() else self.config.parallel
         self.values: dict[str, dict[str, Any]] = {}
         self.calibration: dict[str, Any] = {}
@@ -172,7 +150,7 @@ class _Planner:
             shape,
             self._mean_rows(rows) * length,
             length,
-            partial(self._speed, shape, placement, rows, length, precision, steps=9),
+            partial(self.timer.speed, shape, placement, self._mean_rows(rows), length, precision, steps=9),
         )
         steps = self._steps(budget, shape, speed, self._mean_rows(rows) * length, length)
         self._describe(shape, reason)
@@ -224,12 +202,17 @@ class _Planner:
     def _sequence_length(self) -> tuple[int, str]:
         if self.config.sequence_length:
             return self.config.sequence_length, "set in the recipe"
-        if not self.accelerator:
-            return 256, "best bits per byte at equal time on the demo's data among 128, 256 and 512 (LOG.md)"
-        length = 2048
-        while length > 256 and length * 64 > self.train_tokens:
-            length //= 2
-        return length, "as nanochat trains, shorter for little text"
+        context = self.recipe.model.max_position_embeddings
+        if self.accelerator:
+            length, reason = 2048, "as nanochat trains, shorter for little text"
+            while length > 256 and length * 64 > self.train_tokens:
+                length //= 2
+        else:
+            length = 256
+            reason = "best bits per byte at equal time on the demo's data among 128, 256 and 512 (LOG.md)"
+        if context and context < length:
+            return context, "the longest context (model.max_position_embeddings)"
+        return length, reason
 
     def _rows(self, tokens: int, length: int) -> int:
         """Rows of a batch: those asked for, or `tokens` worth, less for little text, a multiple of the devices."""
@@ -330,7 +313,7 @@ class _Planner:
 
     def _affordable(self, budget: Amount, shape: ModelConfig, seconds: float, per_step: float, length: int) -> int:
         """Steps that a budget buys, at most as many as still teach something."""
-        amount = self._amount_in_steps(budget, shape, seconds, per_step, length)
+        amount = self._bought(budget, shape, seconds, per_step, length)
         if self.config.steps is not None:  # whoever says how many wants them, however often the text repeats
             return int(amount)
         return int(min(amount, max(self._useful_epochs(shape) * self.train_tokens / per_step, LEAST_STEPS)))
@@ -338,49 +321,20 @@ class _Planner:
     def _useful_epochs(self, shape: ModelConfig) -> float:
         return useful_epochs(self.law, shape.num_matrix_parameters(), self.train_tokens, self.train_bytes)
 
-    def _amount_in_steps(
-        self, budget: Amount, shape: ModelConfig, seconds: float, per_step: float, length: int
-    ) -> float:
-        if budget.unit == "tokens":
-            return budget.value / per_step
-        if budget.unit == "FLOPs":
-            return budget.value / (shape.flops_per_token(length) * per_step)
-        return self._in_seconds(budget) / seconds
-
-    def _in_seconds(self, budget: Amount) -> float:
-        if budget.unit == "seconds":
-            return budget.value
+    def _bought(self, budget: Amount, shape: ModelConfig, seconds: float, per_step: float, length: int) -> float:
+        """Steps, as a fraction."""
         price = self.recipe.plan.price_per_hour
-        if price is None:
-            raise UserError(
-                f"pretrain.budget = {self.config.budget!r} needs a price: set plan.price_per_hour to what one device "
-                "costs in an hour"
-            )
-        return budget.value / (price * self.devices) * 3600.0
+        dollars = None if price is None else price * self.devices
+        return steps_bought(budget, per_step, shape.flops_per_token(length), seconds, dollars)
 
     def _too_small(
         self, budget: Amount, smallest: ModelConfig, seconds: float, per_step: float, length: int
     ) -> UserError:
         steps = max(LEAST_STEPS, self.config.steps or 0)
-        share = self._amount_in_steps(budget, smallest, seconds, per_step, length)
-        enough = budget.value * steps / share
-        needed = {
-            "seconds": f"{enough:.3g} s",
-            "FLOPs": f"{enough:.3g} FLOPs",
-            "tokens": f"{enough:,.0f} tokens",
-            "dollars": f"{enough:.2f} dollars",
-        }[budget.unit]
-        # Rounded up, so that what is advised is enough.
-        advised = {
-            "seconds": f"{math.ceil(enough * 1.001)} seconds",
-            "FLOPs": f"{enough * 1.01:.3g} FLOPs",
-            "tokens": f"{math.ceil(enough)} tokens",
-            "dollars": f"{math.ceil(enough * 100) / 100:.2f} dollars",
-        }[budget.unit]
+        advised = enough(budget, self._bought(budget, smallest, seconds, per_step, length) / steps)
         return UserError(
             f"a budget of {budget} is too small for any model: the smallest (width {smallest.hidden_size}, "
-            f"{smallest.num_hidden_layers} layers) needs {needed} for {steps} steps; set pretrain.budget = "
-            f"'{advised}' or more"
+            f"{smallest.num_hidden_layers} layers) wants {steps} steps; set pretrain.budget = '{advised}' or more"
         )
 
     def _steps(self, budget: Amount | None, shape: ModelConfig, speed: Speed, per_step: float, length: int) -> int:
@@ -391,7 +345,7 @@ class _Planner:
         reason = f"{budget}"
         if budget.unit in ("seconds", "dollars"):
             reason += f" at {speed.seconds_per_step * 1000:.0f} ms per step, {speed.how}"
-        if steps < int(self._amount_in_steps(budget, shape, speed.seconds_per_step, per_step, length)):
+        if steps < int(self._bought(budget, shape, speed.seconds_per_step, per_step, length)):
             reason = (
                 f"{steps * per_step / self.train_tokens:.2g} epochs, less than the budget: beyond that a model of this "
                 "size learns the text by heart and is expected to get worse on other text (LOG.md); give more text"
@@ -402,8 +356,12 @@ class _Planner:
     # Memory and layout
 
     def _place(self, shape: ModelConfig, rows: int, length: int, precision: str) -> Placement | None:
-        asked = self.config.activation_checkpointing
         schedule = _schedule(self.config, rows, length)
+        levels: Sequence[Checkpointing] = LEVELS
+        if self.config.activation_checkpointing != "none":
+            levels = (self.config.activation_checkpointing,)
+        elif shape.num_experts:
+            levels = tuple(level for level in LEVELS if level != "selective")  # which knows no experts
         return place(
             schedule.sizes(),
             schedule.lengths(),
@@ -413,7 +371,7 @@ class _Planner:
             lambda layout: self._misfits(layout, shape),
             self.asked_layout,
             self.config.micro_batch_size,
-            None if asked == "none" else asked,
+            levels,
             None if self.accelerator else TOKENS_PER_THREAD * torch.get_num_threads(),
         )
 
@@ -449,43 +407,12 @@ class _Planner:
         """Of a mean step of each size; where the devices are here one is measured, and the others follow from costs."""
         if budget.unit in ("tokens", "FLOPs"):
             return [1.0] * len(placed)  # time buys nothing here
+        mean = self._mean_rows(rows)
         if self.sheet is not None:
-            return [self._speed(s, p, rows, length, precision, steps=0).seconds_per_step for s, p in placed]
+            return [self.timer.speed(*one, mean, length, precision, steps=0).seconds_per_step for one in placed]
         probe, placement = placed[min(3, len(placed) - 1)]
-        seconds = self._speed(probe, placement, rows, length, precision, steps=5).seconds_per_step
+        seconds = self.timer.speed(probe, placement, mean, length, precision, steps=5).seconds_per_step
         return [seconds * relative_cost(shape, probe, length) for shape, _ in placed]
-
-    def _speed(
-        self,
-        shape: ModelConfig,
-        placement: Placement,
-        rows: int,
-        length: int,
-        precision: str,
-        steps: int,
-        config: TrainingConfig | None = None,
-    ) -> Speed:
-        """Of a mean step, smaller batches included; with other settings than the recipe's if given."""
-        layout, mean = placement.layout, self._mean_rows(rows)
-        if self.sheet is not None:
-            return estimated_step(
-                shape, mean * length, length, self.sheet, layout, self.devices, placement.checkpointing
-            )
-        probe = shape
-        if layout.shard * layout.tensor * layout.context > 1:  # what no device holds alone is not measured on one
-            probe = self._measurable(shape, placement.micro_rows, length, precision)
-        parts = mean / placement.data_groups() / placement.micro_rows
-        config = config or self.config
-        resettable = reset_peak_memory()
-        seconds = measure_step(probe, placement.micro_rows, length, precision, steps, parts, self.here, config)
-        seconds *= relative_cost(shape, probe, length) * RECOMPUTED[placement.checkpointing]
-        seconds /= layout.tensor * layout.context
-        seconds = with_communication(seconds, shape, layout, self._link())
-        how = "measured here" if probe is shape else f"measured here at width {probe.hidden_size}"
-        whole = probe is shape and placement.checkpointing == "none" and self.config.average_decay == 0
-        alone = self.here == "cpu" and self.devices == 1
-        peak = peak_memory_bytes() if resettable and whole and alone else None
-        return Speed(seconds, seconds * (1 - TIME_ACCURACY), seconds * (1 + TIME_ACCURACY), how, peak)
 
     def _compilation(
         self,
@@ -499,6 +426,8 @@ class _Planner:
         speed = measure()
         if self.config.compile is not None:
             self.set("compile", self.config.compile, "set in the recipe")
+            if self.config.compile and self.sheet is None:  # finetuning is not compiled
+                self.calibration["uncompiled_seconds_per_step"] = measure(compiled=False).seconds_per_step
             return speed
         steps = self.config.steps
         if steps is None:
@@ -518,7 +447,7 @@ class _Planner:
         self.progress.say("compiling the layers, to see whether that pays")
         began = time.perf_counter()
         try:
-            compiled = measure(config=self.config.model_copy(update={"compile": True}))
+            compiled = measure(compiled=True)
         except RuntimeError as error:
             failure = compiler_failure(error)
             if failure is None:
@@ -533,25 +462,6 @@ class _Planner:
         what = f"{gain:.0%} less time per step" if gain >= 0 else f"{-gain:.0%} more time per step"
         self.set("compile", pays, f"{what}, measured; {took:.0f} s to compile and measure")
         return compiled if pays else replace(speed, peak_memory_bytes=compiled.peak_memory_bytes)
-
-    def _measurable(self, shape: ModelConfig, rows: int, length: int, precision: str) -> ModelConfig:
-        """The widest model up to this one that a single device holds."""
-        architecture = self.recipe.model.model_copy(update={"hidden_size": None, "num_hidden_layers": None})
-        smaller = [
-            one for one in candidates(architecture, self.vocab_size, length) if one.hidden_size < shape.hidden_size
-        ]
-        for one in [shape, *reversed(smaller)]:
-            needed = self.memory(one, rows, length, precision)
-            if needed.total <= FILL * self.device_bytes:
-                return one
-        raise self._too_large(shape, rows, length, precision)
-
-    def _link(self) -> float:
-        if self.here == "cpu":
-            return LOOPBACK
-        sheet = find_datasheet(device_name(torch.device(self.here)))
-        link = sheet.link_bandwidth if sheet else None
-        return NETWORK_LINK if self.devices > NODE else link or NODE_LINK
 
     # Words
 
@@ -582,7 +492,11 @@ class _Planner:
         settings, scaled = scale_optimizer(self.config.optimizer, batch, width, tokens, self.accelerator)
         for name, one in scaled.items():
             self.set(name, one.value, one.reason)
-        self.set("decay_fraction", settings.decay_fraction, "linear to zero (Bergsma et al. 2025)")
+        to_zero = settings.schedule == "stable" and settings.final_learning_rate_fraction == 0
+        reason = (
+            "linear to zero (Bergsma et al. 2025)" if to_zero else f"schedule {settings.schedule}, set in the recipe"
+        )
+        self.set("decay_fraction", settings.decay_fraction, reason)
         self.set("optimizer", settings.model_dump(mode="json"), "all settings of the optimizers, with the above")
 
     def _predict(
@@ -636,17 +550,3 @@ class _Planner:
 
 def _schedule(config: TrainingConfig, rows: int, length: int, steps: int = 1) -> BatchSchedule:
     return BatchSchedule(rows, length, steps, config.batch_stages, config.sequence_stages)
-
-
-def candidates(asked: ArchitectureConfig, vocab_size: int, length: int) -> list[ModelConfig]:
-    """The sizes the planner chooses among, small to large, as far as the recipe leaves them open."""
-    widths = [asked.hidden_size] if asked.hidden_size else [*WIDTHS, *LARGE_WIDTHS]
-    shapes, refused = [], ""
-    for width in widths:
-        try:
-            shapes.append(asked.build(vocab_size, length, width, asked.num_hidden_layers or depth_of(width)))
-        except UserError as error:  # such as heads that do not divide; another width may do
-            refused = str(error)
-    if not shapes:
-        raise UserError(f"no width among {', '.join(map(str, widths))} suits the recipe: {refused}")
-    return shapes

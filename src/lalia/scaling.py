@@ -7,9 +7,10 @@ from typing import Any
 from lalia.files import write_text
 from lalia.model.config import ModelConfig
 from lalia.pipeline import load_run_recipe
-from lalia.planner import candidates, facts_of_data, make_plan
+from lalia.planner import facts_of_data, make_plan
 from lalia.planning.chart import Curve, Mark
 from lalia.planning.ladder import commands, fit_runs, rungs
+from lalia.planning.sizes import candidates
 from lalia.planning.speed import relative_cost
 from lalia.progress import Progress
 from lalia.recipe import Recipe, toml_value
@@ -58,9 +59,16 @@ def fit_and_plan(
 
 
 def plan_ladder(
-    recipe: Recipe, manifest: dict[str, Any], source: str, folder: Path, progress: Progress
+    recipe: Recipe, manifest: dict[str, Any], source: str, overrides: Sequence[str], folder: Path, progress: Progress
 ) -> dict[str, Any]:
     """Small runs that tell how this data scales, for a plan with a law of one's own.
+
+    Args:
+        recipe: what is planned, `overrides` applied.
+        manifest: as for `make_plan`.
+        source, overrides: what the recipe was read from, for the commands.
+        folder: where the runs are to lie.
+        progress: where to report.
 
     Returns:
         {"rungs": [...], "seconds": of all of them, "commands": shell commands that make them and fit the law}.
@@ -75,11 +83,12 @@ def plan_ladder(
     per_step = uncompiled_seconds_per_step(plan)
     sizes = [(one.hidden_size, one.num_hidden_layers, per_step * relative_cost(one, shape, length)) for one in shapes]
     chosen = max((i for i, size in enumerate(sizes) if size[0] <= shape.hidden_size), default=0)
+    budget = recipe.pretrain.budget or f"{plan['predicted']['seconds']:.0f} seconds"
     made = rungs(sizes, chosen, plan["predicted"]["seconds"])
     return {
         "rungs": [rung._asdict() for rung in made],
         "seconds": round(sum(rung.seconds for rung in made), 1),
-        "commands": commands(made, plan, source, folder),
+        "commands": commands(made, plan, source, folder, budget, overrides),
     }
 
 

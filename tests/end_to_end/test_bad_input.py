@@ -170,7 +170,7 @@ def test_text_too_little_for_the_vocabulary(main: Main, texts: Path) -> None:
 
 
 def test_text_shorter_than_one_batch(main: Main, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lalia.planner.measure_step", lambda *arguments: 0.01)
+    monkeypatch.setattr("lalia.planning.speed.measure_step", lambda *arguments: 0.01)
     answer = main("pretrain", str(corpus), *SETTINGS, "pretrain.sequence_length=2048", "pretrain.batch_size=64")
     refused(answer, "but a batch takes 64", "set pretrain.batch_size to", "shorten pretrain.sequence_length")
     # So nearly one batch that only packing can tell.

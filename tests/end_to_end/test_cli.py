@@ -305,7 +305,7 @@ def test_plan_gives_values_with_reasons_and_what_to_expect(
     def step_seconds(shape: Any, rows: int, length: int, precision: str, steps: int, parts: int, *_: Any) -> float:
         return shape.flops_per_token(length) * rows * parts * length / 5e10
 
-    monkeypatch.setattr("lalia.planner.measure_step", step_seconds)
+    monkeypatch.setattr("lalia.planning.speed.measure_step", step_seconds)
     precision = "pretrain.precision=float32"  # "auto" measures, so its reason varies
     answer = main("plan", str(corpus), "--minutes", "1", precision, "--json")
     assert answer.code == 0, answer.err

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -179,7 +180,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> None:
     def step_seconds(shape: Any, rows: int, length: int, precision: str, steps: int, parts: int, *_: Any) -> float:
         return shape.flops_per_token(length) * rows * parts * length / 5e10
 
-    monkeypatch.setattr("lalia.planner.measure_step", step_seconds)
+    monkeypatch.setattr("lalia.planning.speed.measure_step", step_seconds)
 
 
 def test_learning_by_heart() -> None:
@@ -276,11 +277,11 @@ def load_shape(values: dict[str, Any]) -> Any:
 def test_the_ladder_that_is_proposed_makes_a_law() -> None:
     manifest = {"vocab_size": 4096, "splits": {"train": {"num_bytes": 8_000_000, "num_tokens": 2_500_000}}}
     recipe = Recipe.parse({"pretrain": {"budget": "10 minutes", "precision": "float32"}})
-    proposed = plan_ladder(recipe, manifest, "corpus", Path("runs/corpus-ladder"), Progress(quiet=True))
+    proposed = plan_ladder(recipe, manifest, "corpus", [], Path("runs/corpus-ladder"), Progress(quiet=True))
     assert proposed["seconds"] == pytest.approx(300, rel=0.15)
     *make, fit_command = proposed["commands"]
     assert len(make) == 6
-    assert fit_command.startswith("lalia plan --fit runs/corpus-ladder/width-* --minutes")
+    assert fit_command == "lalia plan --fit runs/corpus-ladder/width-* --budget '10 minutes'"
     points = []
     for command in make:
         words = command.split()
@@ -298,7 +299,19 @@ def test_rungs_stay_among_the_sizes() -> None:
     for chosen, widths in ((0, {64, 128, 192}), (2, {64, 128, 192}), (3, {128, 192, 256})):
         assert {rung.hidden_size for rung in rungs(sizes, chosen, 240.0)} == widths
     plan = {"values": {"sequence_length": {"value": 256}, "batch_size": {"value": 8}}, "predicted": {"seconds": 240.0}}
-    assert "--run there/width-64-steps-100" in commands([Rung(64, 2, 100, 10.0)], plan, "mine", Path("there"))[0]
+    given = ["pretrain.budget=1 hour", "model.family=llama", "name=my run", "model.hidden_size=64"]
+    line, fit_command = commands([Rung(64, 2, 100, 10.0)], plan, "my files", Path("my runs"), "4 minutes", given)
+    assert shlex.split(line) == [
+        *("lalia", "pretrain", "my files", "model.family=llama", "name=my run"),
+        *("model.hidden_size=64", "model.num_hidden_layers=2", "pretrain.steps=100"),
+        *("pretrain.sequence_length=256", "pretrain.batch_size=8", "--run", "my runs/width-64-steps-100"),
+    ]
+    assert fit_command == "lalia plan --fit 'my runs'/width-* --budget '4 minutes'"
+
+
+def test_rungs_of_a_short_budget_still_differ() -> None:
+    made = rungs([(64, 2, 0.1), (128, 2, 0.2), (192, 3, 0.4)], 2, 10.0)
+    assert [rung.steps for rung in made] == [50, 150] * 3
 
 
 def test_the_curve_is_the_envelope_of_all_sizes(ladder: list[Path]) -> None:

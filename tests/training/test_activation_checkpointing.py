@@ -8,6 +8,7 @@ import torch
 
 from lalia.errors import UserError
 from lalia.model.transformer import Transformer
+from lalia.planning.memory import layer_activations
 from lalia.training.activation_checkpointing import _checkpoint, checkpoint_activations
 from lalia.training.fp8 import convert_to_fp8
 from lalia.training.linear_cross_entropy import linear_cross_entropy
@@ -64,6 +65,16 @@ def test_losses_and_gradients_stay_and_memory_falls(experts: bool) -> None:
     assert list(model.state_dict()) == names
     checkpoint_activations(model, "none")
     assert step(model)[2] == most
+
+
+def test_what_is_kept_is_what_a_plan_expects() -> None:
+    model = wide_model()
+    values = model.config.num_hidden_layers * 8 * 64  # activations of one channel, all layers and tokens
+    for mode in ("none", "selective", "full"):
+        checkpoint_activations(model, mode)
+        expected, _ = layer_activations(model.config, 64, mode, accelerator=False)
+        # Full keeps but the stream, to which what lies before and behind the layers adds half.
+        assert step(model)[2] / (4 * values) == pytest.approx(expected, rel=0.05 if mode != "full" else 0.6)
 
 
 def test_the_comparison_notices_a_layer_that_computes_something_else_the_second_time() -> None:

@@ -1,5 +1,6 @@
 """The ladder: small runs that a scaling law is fitted to, which to make, and how to read finished ones."""
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -101,19 +102,35 @@ def rungs(sizes: Sequence[tuple[int, int, float]], chosen: int, seconds: float) 
     first = max(0, min(chosen - NUM_SIZES + 1, len(sizes) - NUM_SIZES))
     found = []
     for hidden_size, layers, per_step in sizes[first : first + NUM_SIZES]:
-        for share in SHARES:
-            steps = max(LEAST_RUNG_STEPS, round(seconds * share / per_step))
+        for share in SHARES:  # each thrice the one before, so that a law can tell them apart
+            least = round(LEAST_RUNG_STEPS * share / SHARES[0])
+            steps = max(least, round(seconds * share / per_step))
             found.append(Rung(hidden_size, layers, steps, steps * per_step))
     return found
 
 
-def commands(ladder: Sequence[Rung], plan: dict[str, Any], source: str, folder: Path) -> list[str]:
-    """The shell commands that make the runs of a ladder under `folder`, and the one that fits the law to them."""
+def commands(
+    ladder: Sequence[Rung], plan: dict[str, Any], source: str, folder: Path, budget: str, overrides: Sequence[str] = ()
+) -> list[str]:
+    """The shell commands that make the runs of a ladder under `folder`, and the one that fits the law to them.
+
+    Args:
+        ladder: the runs.
+        plan: of the run that the ladder is for.
+        source: recipe or run folder that it was planned from.
+        folder: where the runs are to lie.
+        budget: what the law is to plan for, as in `pretrain.budget`.
+        overrides: "section.key=value" settings that were given; those that a rung decides itself are left out.
+    """
     values = {name: entry["value"] for name, entry in plan["values"].items()}
     fixed = f"pretrain.sequence_length={values['sequence_length']} pretrain.batch_size={values['batch_size']}"
+    own = ("model.hidden_size", "model.num_hidden_layers", "pretrain.budget", "pretrain.steps", "plan.")
+    own = (*own, "pretrain.sequence_length", "pretrain.batch_size")
+    kept = [shlex.quote(setting) for setting in overrides if not setting.startswith(own)]
+    begin = " ".join(["lalia pretrain", shlex.quote(source), *kept])
     lines = []
     for rung in ladder:
         size = f"model.hidden_size={rung.hidden_size} model.num_hidden_layers={rung.num_hidden_layers}"
-        run = f"{folder}/width-{rung.hidden_size}-steps-{rung.steps}"
-        lines.append(f"lalia pretrain {source} {size} pretrain.steps={rung.steps} {fixed} --run {run}")
-    return [*lines, f"lalia plan --fit {folder}/width-* --minutes {plan['predicted']['seconds'] / 60:.3g}"]
+        run = shlex.quote(f"{folder}/width-{rung.hidden_size}-steps-{rung.steps}")
+        lines.append(f"{begin} {size} pretrain.steps={rung.steps} {fixed} --run {run}")
+    return [*lines, f"lalia plan --fit {shlex.quote(str(folder))}/width-* --budget {shlex.quote(budget)}"]

@@ -50,7 +50,7 @@ def place(
     misfit: Callable[[ParallelConfig], list[str]],
     asked: ParallelConfig | None = None,
     asked_micro_rows: int | None = None,
-    asked_checkpointing: Checkpointing | None = None,
+    levels: Sequence[Checkpointing] = LEVELS,
     most_tokens: int | None = None,
 ) -> Placement | None:
     """The simplest way to compute the batches of a run within `limit` bytes on each device; None if none fits.
@@ -66,7 +66,8 @@ def place(
         memory: of (micro-batch rows, checkpointing, layout), on one device.
         misfit: why a layout does not suit the model (`misfits`).
         asked: a layout that the recipe fixes.
-        asked_micro_rows, asked_checkpointing: likewise.
+        asked_micro_rows: likewise.
+        levels: of activation checkpointing that may be chosen, the least first; one alone was set.
         most_tokens: of a micro-batch, where it need not fill the memory; one row is the least.
 
     Raises:
@@ -75,7 +76,7 @@ def place(
     if asked is not None:
         asked = resolve(asked, devices)
         _check(asked, misfit(asked), sizes, lengths)
-    choices = list(_choices(sizes, lengths, devices, misfit, asked, asked_checkpointing))
+    choices = list(_choices(sizes, lengths, devices, misfit, asked, levels))
     if not choices:
         raise UserError(
             f"a batch of {_listed(sizes)} rows cannot be divided among {devices} devices; set pretrain.batch_size to a "
@@ -101,7 +102,7 @@ def place(
             (
                 "set in the recipe" if asked else _why_layout(layout),
                 "set in the recipe" if asked_micro_rows else _why_micro(micro, most, share),
-                "set in the recipe" if asked_checkpointing else _why_checkpointing(checkpointing),
+                "set in the recipe" if len(levels) == 1 else _why_checkpointing(checkpointing),
             ),
         )
     return None
@@ -113,9 +114,8 @@ def _choices(
     devices: int,
     misfit: Callable[[ParallelConfig], list[str]],
     asked: ParallelConfig | None,
-    asked_checkpointing: Checkpointing | None,
+    levels: Sequence[Checkpointing],
 ) -> Iterator[tuple[ParallelConfig, Checkpointing]]:
-    levels: tuple[Checkpointing, ...] = LEVELS if asked_checkpointing is None else (asked_checkpointing,)
     if asked is not None:
         for level in levels:
             yield asked, level
@@ -203,6 +203,6 @@ def _why_micro(micro: int, most: int, share: int) -> str:
 def _why_checkpointing(level: Checkpointing) -> str:
     return {
         "none": "all activations fit",
-        "selective": "products are kept, the rest is computed again (torchtitan)",
+        "selective": "feed-forward networks are computed again in backward, a fifth more work (Chen et al. 2016)",
         "full": "layers are computed again in backward, a third more work (Chen et al. 2016)",
     }[level]

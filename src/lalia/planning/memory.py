@@ -74,13 +74,13 @@ def training_memory(
 
     Weights, gradients and state are float32, divided by `shard` and `tensor` (Rajbhandari et al. 2020; the experts by
     `expert` too); a layer that is gathered to compute, and the next one, are whole but for `tensor`. Activations are
-    those that the layers keep for backward (`_layer_activations`), and for one layer at work.
+    those that the layers keep for backward (`layer_activations`), and for one layer at work.
 
     Args:
         rows: rows of the micro-batch on this device; with `layout.context` each device holds a part of every row.
         precision: of the activations.
-        checkpointing: "none" keeps all; "selective" keeps the products and computes the rest again (torchtitan);
-            "full" keeps the input of each layer (Chen et al. 2016).
+        checkpointing: "none" keeps all; "selective" computes the feed-forward networks again, "full" whole layers, of
+            which it keeps the input (Chen et al. 2016).
         layout: how the devices are laid out; None means one.
         accelerator: fused attention, which keeps no probabilities.
         optimizer: its kind, as in the settings.
@@ -102,7 +102,7 @@ def training_memory(
         gathered = max(sum(layer) for layer in layers) / layout.tensor
         weights += 2 * 4.0 * gathered
         gradients += 4.0 * gathered
-    kept, working = _layer_activations(shape, length, checkpointing, accelerator)
+    kept, working = layer_activations(shape, length, checkpointing, accelerator)
     per_layer = tokens * value_bytes / layout.tensor
     stream = tokens * value_bytes * shape.hidden_size
     # What a layer keeps it also works with; its backward makes about half of that again.
@@ -124,7 +124,7 @@ def training_memory(
     )
 
 
-def _layer_activations(
+def layer_activations(
     shape: ModelConfig, length: int, checkpointing: Checkpointing, accelerator: bool
 ) -> tuple[float, float]:
     """Values per token that a layer keeps for backward, and those it needs besides while it is at work.
@@ -136,11 +136,10 @@ def _layer_activations(
     hidden, query, key_value = shape.hidden_size, shape.query_size, shape.key_value_size
     feed = (shape.num_experts_per_token * (shape.expert_size or shape.intermediate_size)) or shape.intermediate_size
     up = feed * (2 if shape.gated else 1)
-    products = query + 2 * key_value + query + up + hidden  # qkv, attention, gate and up, the layer's input
     probabilities = 0.0 if accelerator else shape.num_attention_heads * length * (NUM_BLOCKS + 1) / (2 * NUM_BLOCKS)
     everything = 4 * hidden + 3 * query + 4 * key_value + up + feed + probabilities
     backward = up + 2 * feed + 2 * hidden
     if checkpointing == "none":
         return everything, backward
-    kept = products if checkpointing == "selective" else hidden
+    kept = everything - up - feed if checkpointing == "selective" else hidden
     return kept, everything - kept + backward

@@ -4,18 +4,22 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
+from lalia.devices import peak_memory_bytes, reset_peak_memory
 from lalia.errors import UserError
 from lalia.model.config import ModelConfig
+from lalia.model.shapes import ArchitectureConfig
 from lalia.model.transformer import Transformer
+from lalia.planning.layout import NODE, Placement
 from lalia.planning.memory import Checkpointing, parameters
+from lalia.planning.sizes import candidates
 from lalia.training.compilation import compile_layers
 from lalia.training.config import TrainingConfig
 from lalia.training.fp8 import convert_to_fp8
-from lalia.training.hardware import DTYPES, Datasheet, find_datasheet, known_devices, synchronize
+from lalia.training.hardware import DTYPES, Datasheet, device_name, find_datasheet, known_devices, synchronize
 from lalia.training.linear_cross_entropy import linear_cross_entropy
 from lalia.training.optimizers import make_optimizers
 from lalia.training.parallel.layout import ParallelConfig
@@ -25,9 +29,12 @@ USUAL_MFU = (0.30, 0.40, 0.50)
 """Low, middle and high share of the data sheet's peak that pretraining reaches in bfloat16 on one node of good ones:
 torchtitan 0.33 to 0.39 (Llama 3.1 8B), OLMo 2 0.38, levanter 0.35 to 0.54, nanochat 0.40 to 0.50 (reference runs)."""
 
-RECOMPUTED = {"none": 1.0, "selective": 1.05, "full": 4 / 3}
-"""Work relative to no checkpointing: full repeats the forward pass, a third of 6 N (Chen et al. 2016);
-selective is a guess."""
+TIME_ACCURACY = 0.2
+"""Relative error of the time that a measured speed should keep to: the target of benchmarks/planner_accuracy.py."""
+
+RECOMPUTED = {"none": 1.0, "selective": 1.2, "full": 4 / 3}
+"""Work relative to no checkpointing: full repeats the forward pass, a third of 6 N (Chen et al. 2016); selective the
+feed-forward networks, about two thirds of it."""
 
 NODE_LINK, NETWORK_LINK, LOOPBACK = 25e9, 50e9, 1e9
 """Bytes per second and device, one direction: PCIe 4.0 x16 as it is reached; 400 Gbit/s per device between nodes (DGX
@@ -49,6 +56,82 @@ class Speed:
     high: float
     how: str
     peak_memory_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class StepTimer:
+    """Finds the seconds of a step: on this machine's device, or from the data sheet of one that is not here.
+
+    `fits` says whether one device holds the training of (shape, rows, length, precision) all alone.
+    """
+
+    config: TrainingConfig
+    architecture: ArchitectureConfig
+    vocab_size: int
+    device: Literal["cpu", "cuda"]
+    num_devices: int
+    sheet: Datasheet | None
+    fits: Callable[[ModelConfig, int, int, str], bool]
+
+    def speed(
+        self,
+        shape: ModelConfig,
+        placement: Placement,
+        mean_rows: float,
+        length: int,
+        precision: str,
+        steps: int,
+        compiled: bool | None = None,
+    ) -> Speed:
+        """Of a step of `mean_rows` rows (the mean, where batches differ), measured as the median of `steps`."""
+        layout = placement.layout
+        if self.sheet is not None:
+            return estimated_step(
+                shape,
+                mean_rows * length,
+                length,
+                precision,
+                self.sheet,
+                layout,
+                self.num_devices,
+                placement.checkpointing,
+            )
+        probe = shape
+        if layout.shard * layout.tensor * layout.context > 1:  # what no device holds alone is not measured on one
+            probe = self._measurable(shape, placement.micro_rows, length, precision)
+        parts = mean_rows / placement.data_groups() / placement.micro_rows
+        config = self.config if compiled is None else self.config.model_copy(update={"compile": compiled})
+        resettable = reset_peak_memory()
+        seconds = measure_step(probe, placement.micro_rows, length, precision, steps, parts, self.device, config)
+        seconds *= relative_cost(shape, probe, length) * RECOMPUTED[placement.checkpointing]
+        seconds /= layout.tensor * layout.context
+        near, far = self._links()
+        tokens = mean_rows * length / placement.data_groups() / layout.context
+        seconds = with_communication(seconds, shape, layout, near, far, tokens, precision)
+        how = "measured here" if probe is shape else f"measured here at width {probe.hidden_size}"
+        whole = probe is shape and placement.checkpointing == "none" and config.average_decay == 0
+        alone = self.device == "cpu" and self.num_devices == 1
+        peak = peak_memory_bytes() if resettable and whole and alone else None
+        return Speed(seconds, seconds * (1 - TIME_ACCURACY), seconds * (1 + TIME_ACCURACY), how, peak)
+
+    def _measurable(self, shape: ModelConfig, rows: int, length: int, precision: str) -> ModelConfig:
+        """The widest model up to this one that a single device holds."""
+        architecture = self.architecture.model_copy(update={"hidden_size": None, "num_hidden_layers": None})
+        sizes = candidates(architecture, self.vocab_size, length)
+        smaller = [one for one in sizes if one.hidden_size < shape.hidden_size]
+        for one in [shape, *reversed(smaller)]:
+            if self.fits(one, rows, length, precision):
+                return one
+        raise UserError(
+            f"no width from {sizes[0].hidden_size} to {shape.hidden_size} fits one device, to measure its speed, with "
+            f"micro-batches of {rows} rows of {length}; set a smaller pretrain.micro_batch_size or "
+            "pretrain.sequence_length"
+        )
+
+    def _links(self) -> tuple[float, float]:
+        if self.device == "cpu":
+            return LOOPBACK, LOOPBACK
+        return links(find_datasheet(device_name(torch.device(self.device))), self.num_devices)
 
 
 def measure_step(
@@ -161,35 +244,70 @@ def estimated_step(
     shape: ModelConfig,
     tokens_per_step: float,
     length: int,
+    precision: str,
     sheet: Datasheet,
     layout: ParallelConfig,
     devices: int,
     checkpointing: Checkpointing,
 ) -> Speed:
-    """Seconds of a step on devices that are not here: the data sheet's peak times the usual MFU, and communication."""
-    flops = shape.flops_per_token(length) * tokens_per_step * RECOMPUTED[checkpointing]
-    link = sheet.link_bandwidth or NODE_LINK
-    exposed = [
-        with_communication(
-            flops / (sheet.half_flops * devices * mfu), shape, layout, link if devices <= 8 else NETWORK_LINK
+    """Seconds of a step on devices that are not here: the data sheet's peak times the usual MFU, and communication.
+
+    Raises:
+        UserError: if the data sheet has no peak in that precision.
+    """
+    peak = sheet.flops(precision)
+    if peak is None:
+        raise UserError(
+            f"there is no peak in {precision} for {sheet.name} to estimate from; set pretrain.precision to auto or "
+            "bfloat16, or plan on the device itself, where it is measured"
         )
+    flops = shape.flops_per_token(length) * tokens_per_step * RECOMPUTED[checkpointing]
+    near, far = links(sheet, devices)
+    tokens = tokens_per_step / ((layout.replicate or 1) * layout.shard * layout.context)
+    exposed = [
+        with_communication(flops / (peak * devices * mfu), shape, layout, near, far, tokens, precision)
         for mfu in USUAL_MFU
     ]
     slow, middle, fast = exposed
-    how = f"{sheet.name}'s data sheet, {sheet.half_flops / 1e12:,.0f} TFLOP/s, at {USUAL_MFU[1]:.0%} (not measured)"
+    how = f"{sheet.name}'s data sheet, {peak / 1e12:,.0f} TFLOP/s, at {USUAL_MFU[1]:.0%} (not measured)"
     return Speed(middle, fast, slow, how)
 
 
-def with_communication(seconds: float, shape: ModelConfig, layout: ParallelConfig, link: float) -> float:
+def links(sheet: Datasheet | None, devices: int) -> tuple[float, float]:
+    """Bytes per second and device, one direction: within a node, and among all the devices."""
+    near = (sheet.link_bandwidth if sheet else None) or NODE_LINK
+    return near, near if devices <= NODE else NETWORK_LINK
+
+
+def with_communication(
+    seconds: float,
+    shape: ModelConfig,
+    layout: ParallelConfig,
+    near: float,
+    far: float,
+    tokens: float,
+    precision: str,
+) -> float:
     """A step's computation and what of its communication cannot hide behind it.
 
-    Replicas add up their gradients, in a ring 2 (n - 1) / n times the bytes (Patarasuk and Yuan 2009); shards also
-    gather the weights twice (Rajbhandari et al. 2020: half as much again).
+    Whoever has other tokens adds up the gradients, in a ring 2 (n - 1) / n times the bytes (Patarasuk and Yuan 2009);
+    shards also gather the weights twice (Rajbhandari et al. 2020: half as much again). That overlaps with the backward
+    pass. What nothing hides: layers divided among neighbours sum activations four times each (Shoeybi et al. 2019),
+    and rows divided among devices send keys and values around, forward, and with their gradients backward (Liu et al.
+    2023).
+
+    Args:
+        seconds: of the computation.
+        near, far: bytes per second of a device to neighbours in its node, and among all.
+        tokens: of a step, on one device.
+        precision: of the activations.
     """
-    replicas = (layout.replicate or 1) * layout.shard
-    if replicas == 1:
-        return seconds
+    copies = (layout.replicate or 1) * layout.shard * layout.context
     held = 4.0 * parameters(shape) / layout.tensor
-    times = 3.0 if layout.shard > 1 else 2.0
-    communication = times * held * (replicas - 1) / replicas / link
-    return seconds + max(0.0, communication - HIDDEN_SHARE * seconds)
+    times = 3.0 if layout.shard * layout.context > 1 else 2.0
+    overlapped = times * held * (copies - 1) / copies / far
+    sums = 4 * 2 * (layout.tensor - 1) / layout.tensor * shape.hidden_size
+    passes = 3 * 2 * (layout.context - 1) * shape.key_value_size / layout.tensor
+    activations = tokens * shape.num_hidden_layers * (4 if precision == "float32" else 2)
+    exposed = activations * (sums / near + passes / far)
+    return seconds + max(0.0, overlapped - HIDDEN_SHARE * seconds) + exposed
