@@ -3,8 +3,9 @@
     python benchmarks/gpu_training.py [--nanochat DIR]
 
 GPT-2's 124M shape and one of about a billion weights, 2,048 tokens a row, bfloat16: with compiled layers, with the two
-forms of activation checkpointing, and with float8 products. nanochat's depth 12 (width 768) and transformers' Qwen3
-stand beside the small shape. One process each; the first steps, which compile, are not counted.
+forms of activation checkpointing, and with float8 products (whose utilization is of the bfloat16 peak too). nanochat's
+depth 12 (width 768) and transformers' Qwen3 stand beside the small shape. One process each; the first steps, which
+compile, are not counted.
 
 Unmeasured so far: no GPU has been at hand. Without one this prints so and ends.
 """
@@ -27,15 +28,11 @@ import machine
 from lalia.errors import UserError
 from lalia.model.shapes import ArchitectureConfig
 from lalia.model.transformer import Transformer
-from lalia.training.activation_checkpointing import checkpoint_activations
-from lalia.training.compilation import compile_layers
-from lalia.training.config import OptimizerConfig
-from lalia.training.fp8 import convert_to_fp8
+from lalia.training.config import LoopConfig
 from lalia.training.hardware import datasheet_flops, device_name
 from lalia.training.meters import FLOPS_FORMULA
-from lalia.training.objectives import cross_entropy
-from lalia.training.optimizers import make_optimizers
 from lalia.training.trainer import initialize
+from trainer_step import make_step
 
 LENGTH = 2048
 WARM_UP_STEPS = 5
@@ -55,12 +52,15 @@ class Shape:
 SHAPES = {"124m": Shape(768, 12, 2048, 32), "1b": Shape(2048, 18, 5632, 8)}
 VARIANTS = ("plain", "compiled", "selective", "full", "fp8")
 """Each of the last three is compiled too."""
+POOL = 4
+"""Distinct batches that everyone cycles through."""
 
-Step = Callable[[Tensor], Tensor]
+Step = Callable[[int], Tensor]
+"""Trains on the batch of a number; the mean loss."""
 
 
-def ours(shape: Shape, variant: str) -> tuple[Step, float, str]:
-    """A training step on (rows, LENGTH + 1) tokens that gives the mean loss; FLOPs per token; figure of the peak."""
+def ours(shape: Shape, variant: str, pool: list[Tensor], device: str) -> tuple[Step, float]:
+    """The Trainer's own step, and FLOPs per token."""
     architecture = ArchitectureConfig(
         hidden_size=shape.hidden_size,
         num_hidden_layers=shape.num_layers,
@@ -69,30 +69,20 @@ def ours(shape: Shape, variant: str) -> tuple[Step, float, str]:
     )
     model = Transformer(architecture.build(shape.vocab_size, LENGTH))
     initialize(model, seed=1)
-    model.to("cuda").train()
+    model.to(device)
     model.compute_dtype = torch.bfloat16
-    optimizers = make_optimizers(model, OptimizerConfig())
-    if variant == "fp8":
-        convert_to_fp8(model)
-    if variant in ("selective", "full"):
-        checkpoint_activations(model, variant)  # pyright: ignore[reportArgumentType]
-    if variant != "plain":
-        compile_layers(model)
-
-    def step(tokens: Tensor) -> Tensor:
-        loss, _, weight = cross_entropy(model, model(tokens[:, :-1]), tokens[:, 1:].contiguous())
-        loss = loss / weight
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-        model.zero_grad(set_to_none=True)
-        return loss.detach()
-
-    return step, model.config.flops_per_token(LENGTH), "bfloat16"
+    loop = LoopConfig.parse(
+        {
+            "compile": variant != "plain",
+            "activation_checkpointing": variant if variant in ("selective", "full") else "none",
+            "fp8": variant == "fp8",
+        },
+        "variant",
+    )
+    return make_step(model, pool, loop), model.config.flops_per_token(LENGTH)
 
 
-def nanochat(shape: Shape) -> tuple[Step, float, str]:
+def nanochat(shape: Shape, pool: list[Tensor], device: str) -> tuple[Step, float]:
     """nanochat at depth 12, full attention, compiled: the step of its scripts/base_train.py; its own FLOPs."""
     peer: Any = importlib.import_module("nanochat.gpt")
     heads = shape.hidden_size // 128
@@ -107,22 +97,23 @@ def nanochat(shape: Shape) -> tuple[Step, float, str]:
     )
     with torch.device("meta"):
         raw: Any = peer.GPT(config)
-    raw.to_empty(device="cuda")
+    raw.to_empty(device=device)
     raw.init_weights()
     optimizer = raw.setup_optimizer()
     model: Any = torch.compile(raw, dynamic=False)
 
-    def step(tokens: Tensor) -> Tensor:
+    def step(number: int) -> Tensor:
+        tokens = pool[number % POOL].to(device, non_blocking=True)
         loss = model(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
         loss.backward()
         optimizer.step()
         model.zero_grad(set_to_none=True)
         return loss.detach()
 
-    return step, float(raw.estimate_flops()), "bfloat16"
+    return step, float(raw.estimate_flops())
 
 
-def transformers(shape: Shape) -> tuple[Step, float, str]:
+def transformers(shape: Shape, pool: list[Tensor], device: str) -> tuple[Step, float]:
     """transformers' Qwen3 with torch.compile, autocast and fused AdamW, as its Trainer would; no FLOPs of its own."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -140,12 +131,13 @@ def transformers(shape: Shape) -> tuple[Step, float, str]:
         use_cache=False,
     )
     raw: Any = Qwen3ForCausalLM(config)
-    raw.cuda()
+    raw.to(device)
     optimizer = torch.optim.AdamW(raw.parameters(), lr=1e-3, fused=True)
     model: Any = torch.compile(raw)
 
-    def step(tokens: Tensor) -> Tensor:
-        with torch.autocast("cuda", torch.bfloat16):
+    def step(number: int) -> Tensor:
+        tokens = pool[number % POOL].to(device, non_blocking=True)
+        with torch.autocast(device, torch.bfloat16):
             loss = model(input_ids=tokens[:, :-1], labels=tokens[:, :-1]).loss
         loss.backward()
         nn.utils.clip_grad_norm_(raw.parameters(), 1.0)
@@ -153,7 +145,7 @@ def transformers(shape: Shape) -> tuple[Step, float, str]:
         optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
-    return step, 0.0, "bfloat16"
+    return step, 0.0
 
 
 def work(task: dict[str, Any]) -> None:
@@ -161,25 +153,25 @@ def work(task: dict[str, Any]) -> None:
     shape = SHAPES[task["shape"]]
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
+    pool = [torch.randint(0, shape.vocab_size, (shape.rows, LENGTH + 1)).pin_memory() for _ in range(POOL)]
     if task["name"] == "ours":
-        step, flops, precision = ours(shape, task["variant"])
+        step, flops = ours(shape, task["variant"], pool, "cuda")
     else:
-        step, flops, precision = (nanochat if task["name"] == "nanochat" else transformers)(shape)
-    tokens = torch.randint(0, shape.vocab_size, (shape.rows, LENGTH + 1), device="cuda")
+        step, flops = (nanochat if task["name"] == "nanochat" else transformers)(shape, pool, "cuda")
     began = time.perf_counter()
-    first = float(step(tokens))
-    for _ in range(WARM_UP_STEPS - 1):
-        step(tokens)
+    first = float(step(0))
+    for number in range(1, WARM_UP_STEPS):
+        step(number)
     torch.cuda.synchronize()
     warm_up = time.perf_counter() - began
     torch.cuda.reset_peak_memory_stats()
     began, loss = time.perf_counter(), torch.zeros(())
-    for _ in range(task["steps"]):
-        loss = step(tokens)
+    for number in range(task["steps"]):
+        loss = step(number)
     torch.cuda.synchronize()
     seconds = time.perf_counter() - began
     speed = task["steps"] * shape.rows * LENGTH / seconds
-    peak = datasheet_flops(device_name(torch.device("cuda")), precision)
+    peak = datasheet_flops(device_name(torch.device("cuda")), "bfloat16")
     row = {
         **task,
         "tokens_per_second": speed,

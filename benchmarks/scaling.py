@@ -45,17 +45,13 @@ SHAPES = (Shape("5M", 256, 6, 4096), Shape("30M", 384, 6, 50304, rows=4))
 
 def work(shape: Shape, layout: dict[str, int] | None, steps: int) -> None:
     """A process: the Trainer's own steps on random tokens; rank 0 prints the median seconds of a step."""
-    import tempfile
-
-    from lalia.data.loader import Batch
     from lalia.model.shapes import ArchitectureConfig
     from lalia.model.transformer import Transformer
-    from lalia.progress import Progress
-    from lalia.training.config import OptimizerConfig
-    from lalia.training.objectives import next_token
+    from lalia.training.config import LoopConfig
     from lalia.training.parallel.layout import ParallelConfig
     from lalia.training.parallel.world import start
-    from lalia.training.trainer import Trainer, initialize
+    from lalia.training.trainer import initialize
+    from trainer_step import make_step
 
     torch.set_num_threads(1)
     world = start(ParallelConfig(**(layout or {})))
@@ -63,27 +59,15 @@ def work(shape: Shape, layout: dict[str, int] | None, steps: int) -> None:
     model = Transformer(config.build(shape.vocab_size, shape.length))
     initialize(model, 0)
     rows = shape.rows * world.data_size * (world.layout.context if world.layout.context > 1 else 1)
-
-    class Random:
-        def batch(self, step: int) -> Batch:
-            generator = torch.Generator().manual_seed(step)
-            tokens = torch.randint(0, shape.vocab_size, (rows, shape.length + 1), generator=generator)
-            places = torch.arange(shape.length).expand(rows, -1)
-            ids = torch.zeros(rows, shape.length, dtype=torch.int32)
-            return Batch(tokens[:, :-1], tokens[:, 1:].contiguous(), ids, places, True, rows * shape.length, None)
-
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(
-            model, Random(), next_token, steps, OptimizerConfig(), Path(folder), "", Progress(quiet=True), world=world
-        )
-        times = []
-        for step in range(steps):
-            batch = trainer._prepared(step)
-            began = time.perf_counter()
-            trainer._train_step(batch)
-            world.agree(False)
-            times.append(time.perf_counter() - began)
-            trainer.step += 1
+    generator = torch.Generator().manual_seed(0)
+    pool = [torch.randint(0, shape.vocab_size, (rows, shape.length + 1), generator=generator) for _ in range(8)]
+    step = make_step(model, pool, LoopConfig(), world)
+    times = []
+    for number in range(steps):
+        began = time.perf_counter()
+        step(number)
+        world.agree(False)
+        times.append(time.perf_counter() - began)
     if world.is_main:
         print(json.dumps(statistics.median(times[2:])), flush=True)
 

@@ -108,14 +108,12 @@ def random_batches(shape: Shape) -> list[torch.Tensor]:
 
 def ours(shape: Shape, compiled: bool) -> tuple[torch.nn.Module, Speed]:
     """Lalia: `Transformer`, the `next_token` objective and the Trainer's own step."""
-    from lalia.data.loader import Batch
     from lalia.model.shapes import ArchitectureConfig
     from lalia.model.transformer import Transformer
     from lalia.planning.layout import TOKENS_PER_THREAD, rows_within
-    from lalia.progress import Progress
-    from lalia.training.config import LoopConfig, OptimizerConfig
-    from lalia.training.objectives import next_token
-    from lalia.training.trainer import Trainer, initialize
+    from lalia.training.config import LoopConfig
+    from lalia.training.trainer import initialize
+    from trainer_step import make_step
 
     architecture = ArchitectureConfig(
         hidden_size=shape.hidden_size,
@@ -126,47 +124,10 @@ def ours(shape: Shape, compiled: bool) -> tuple[torch.nn.Module, Speed]:
     model = Transformer(architecture.build(shape.vocab_size, shape.sequence_length))
     initialize(model, seed=1)
     model.compute_dtype = getattr(torch, shape.precision)
-    model.train()
-    pool = random_batches(shape)
-    positions = torch.arange(shape.sequence_length).expand(shape.batch_size, -1)
-    zeros = torch.zeros(shape.batch_size, shape.sequence_length, dtype=torch.int32)
-
-    class Pool:
-        def batch(self, step: int) -> Batch:
-            tokens = pool[step % POOL]
-            return Batch(
-                tokens=tokens[:, :-1].contiguous(),
-                targets=tokens[:, 1:].contiguous(),
-                document_ids=zeros,
-                positions=positions,
-                single_document=True,  # one text per row, as everyone else treats a row
-                num_targets=shape.tokens_per_step,
-                num_bytes=None,
-            )
-
-    batches = Pool()
     at_once = TOKENS_PER_THREAD * torch.get_num_threads()
     micro_rows = rows_within(shape.batch_size, at_once, shape.sequence_length)  # as a plan for a CPU chooses
-    trainer = Trainer(
-        model=model,
-        batches=batches,
-        objective=next_token,
-        num_steps=2000,  # of the schedule: more than are made here
-        optimizer=OptimizerConfig(),
-        folder=Path(tempfile.mkdtemp()),
-        run_fingerprint="",
-        loop=LoopConfig(micro_batch_size=micro_rows, compile=compiled),
-        progress=Progress(quiet=True),
-    )
-
-    def step(number: int) -> float:
-        # One turn of Trainer.train without its log and checkpoints, which no other contestant writes either.
-        trainer._train_step(batches.batch(number))
-        trainer.step += 1
-        sums, trainer._sums = trainer._sums, {}
-        return float(sums["loss"] / sums["weight"])
-
-    return model, timed(step)
+    step = make_step(model, random_batches(shape), LoopConfig(micro_batch_size=micro_rows, compile=compiled))
+    return model, timed(lambda number: float(step(number)))
 
 
 def nanogpt(folder: Path, shape: Shape, compiled: bool) -> tuple[torch.nn.Module, Speed]:
