@@ -226,6 +226,8 @@ def miniature(arguments: list[str], settings: list[str]) -> list[list[str]]:
         dry_run = ["run", *as_written[1:], *([] if "--dry-run" in arguments else ["--dry-run"])]
         if arguments[0] == "plan":  # a budget and fixed steps exclude each other, and devices need rows for each
             settings = [s for s in settings if not s.startswith(("pretrain.steps=", "pretrain.batch_size="))]
+        if "--device" in arguments:  # data sheets of devices that are not here have no float32
+            settings = [s for s in settings if s != "pretrain.precision=float32"]
         return [dry_run, [*arguments, *settings]]
     return [arguments]
 
