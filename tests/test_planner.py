@@ -380,6 +380,9 @@ def test_what_is_exchanged_in_the_layers_takes_time_too(measured: list[ModelConf
         return made["predicted"]["seconds"]
 
     copies = seconds(replicate=8)
+    # Of 16 heads' keys and values, half the tokens are another's; gathered forward, scattered backward.
+    gathers = 100 * 8 * 2 * (2**18 / 8) * 2 * 4096 * 2 / 450e9
+    assert seconds(replicate=4, context=2) - copies == pytest.approx(gathers, rel=0.05)
     assert copies < seconds(replicate=4, context=2) < seconds(context=8)
     assert copies < seconds(replicate=4, tensor=2) < seconds(tensor=8)
     # Two sums forward and two backward in 8 layers, of 2^18 tokens / 4 x 4,096 values of 2 bytes, at 450 GB/s.
@@ -407,6 +410,9 @@ def test_experts_are_not_planned_into_what_they_cannot_do(
             calibration = made["calibration"]
             limit = calibration.get("memory_estimate_bytes", made["predicted"]["memory_bytes"]) - 1
     assert chosen == {"qwen3": ["none", "selective", "full"], "qwen3_moe": ["none", "full"]}
+    with pytest.raises(UserError, match="selective knows no mixture of experts; set full"):
+        asked = {"steps": 10, "activation_checkpointing": "selective"}
+        plan(asked, model={"family": "qwen3_moe", "hidden_size": 64, "num_hidden_layers": 2})
 
 
 def test_layouts_grow_with_the_model(measured: list[ModelConfig]) -> None:

@@ -358,6 +358,11 @@ class _Planner:
     def _place(self, shape: ModelConfig, rows: int, length: int, precision: str) -> Placement | None:
         schedule = _schedule(self.config, rows, length)
         levels: Sequence[Checkpointing] = LEVELS
+        if self.config.activation_checkpointing == "selective" and shape.num_experts:
+            raise UserError(
+                "pretrain.activation_checkpointing = selective knows no mixture of experts; set full, or none to leave "
+                "it to the plan"
+            )
         if self.config.activation_checkpointing != "none":
             levels = (self.config.activation_checkpointing,)
         elif shape.num_experts:

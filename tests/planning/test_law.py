@@ -299,14 +299,14 @@ def test_rungs_stay_among_the_sizes() -> None:
     for chosen, widths in ((0, {64, 128, 192}), (2, {64, 128, 192}), (3, {128, 192, 256})):
         assert {rung.hidden_size for rung in rungs(sizes, chosen, 240.0)} == widths
     plan = {"values": {"sequence_length": {"value": 256}, "batch_size": {"value": 8}}, "predicted": {"seconds": 240.0}}
-    given = ["pretrain.budget=1 hour", "model.family=llama", "name=my run", "model.hidden_size=64"]
+    given = ["pretrain.budget=1 hour", "model.family=llama", "name=my run", "model.hidden_size=64", "plan.watts=9"]
     line, fit_command = commands([Rung(64, 2, 100, 10.0)], plan, "my files", Path("my runs"), "4 minutes", given)
     assert shlex.split(line) == [
         *("lalia", "pretrain", "my files", "model.family=llama", "name=my run"),
         *("model.hidden_size=64", "model.num_hidden_layers=2", "pretrain.steps=100"),
         *("pretrain.sequence_length=256", "pretrain.batch_size=8", "--run", "my runs/width-64-steps-100"),
     ]
-    assert fit_command == "lalia plan --fit 'my runs'/width-* --budget '4 minutes'"
+    assert fit_command == "lalia plan --fit 'my runs'/width-* plan.watts=9 --budget '4 minutes'"
 
 
 def test_rungs_of_a_short_budget_still_differ() -> None:

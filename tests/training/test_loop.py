@@ -217,11 +217,20 @@ def test_weights_that_are_no_numbers_are_replaced_by_the_last_good_ones(
 
 def test_without_a_look_at_the_weights_they_would_be_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control."""
-    monkeypatch.setattr("lalia.training.trainer.Trainer._finite", lambda self: True)
+    monkeypatch.setattr("lalia.training.trainer.Trainer._finite", lambda self, state: True)
     trainer = make_trainer(tmp_path, 24, **{**LOOKING_BACK, "checkpoint_seconds": 0.0})
     trainer.batches = Corrupting(trainer, 23)
     assert trainer.train()["rewinds"] == 0
     assert not all(torch.isfinite(value).all() for value in weights(trainer).values())
+
+
+def test_an_optimizer_whose_state_is_no_number_is_not_saved_either(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, 24, **{**LOOKING_BACK, "checkpoint_seconds": 0.0})
+    state = next(iter(trainer.optimizers[0].state.values()))
+    momentum = next(value for value in state.values() if value.is_floating_point() and value.ndim)
+    assert trainer.save()
+    momentum.view(-1)[0] = float("nan")
+    assert not trainer.save()
 
 
 def test_no_checkpoint_is_written_while_steps_are_skipped(tmp_path: Path) -> None:

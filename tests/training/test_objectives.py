@@ -63,21 +63,21 @@ def test_load_balancing_loss_is_that_of_transformers(experts: int, chosen: int) 
     mask[1, 13:] = 0
     for seed in range(3):
         logits = random_logits(60, experts, seed)
-        kept = logits[mask.reshape(-1).bool()]
+        kept = mask.reshape(-1, 1)
         theirs: Any = load_balancing_loss_func((logits,), experts, chosen, mask)
-        assert load_balancing_loss(kept, chosen).item() == pytest.approx(theirs.item(), abs=1e-6)
+        assert load_balancing_loss(logits, chosen, kept).item() == pytest.approx(theirs.item(), abs=1e-6)
         unmasked: Any = load_balancing_loss_func((logits,), experts, chosen)
-        assert load_balancing_loss(logits, chosen).item() == pytest.approx(unmasked.item(), abs=1e-6)
+        assert load_balancing_loss(logits, chosen, torch.ones(60, 1)).item() == pytest.approx(unmasked.item(), abs=1e-6)
         assert abs(theirs.item() - unmasked.item()) > 1e-4, "padding counts"
 
 
 def test_load_balancing_loss_at_its_ends() -> None:
     balanced = torch.eye(4).repeat(3, 1) * 1e-4
-    assert load_balancing_loss(balanced, 1).item() == pytest.approx(1.0, abs=1e-4)
+    assert load_balancing_loss(balanced, 1, torch.ones(12, 1)).item() == pytest.approx(1.0, abs=1e-4)
     collapsed = torch.tensor([[20.0, 0.0, 0.0, 0.0]]).repeat(8, 1)
-    assert load_balancing_loss(collapsed, 1).item() == pytest.approx(4.0, abs=1e-4)
-    assert load_balancing_loss(torch.zeros(0, 4), 2).item() == 0.0
-    assert router_z_loss(torch.zeros(0, 4)).item() == 0.0
+    assert load_balancing_loss(collapsed, 1, torch.ones(8, 1)).item() == pytest.approx(4.0, abs=1e-4)
+    assert load_balancing_loss(torch.zeros(3, 4), 2, torch.zeros(3, 1)).item() == 0.0
+    assert router_z_loss(torch.zeros(3, 4), torch.zeros(3, 1)).item() == 0.0
 
 
 def test_layers_are_judged_one_by_one() -> None:
@@ -93,8 +93,10 @@ def test_layers_are_judged_one_by_one() -> None:
 def test_z_loss_is_the_mean_squared_log_partition() -> None:
     logits = random_logits(30, 4, 0).requires_grad_()
     expected = torch.log(logits.exp().sum(-1)).pow(2).mean()
-    assert router_z_loss(logits).item() == pytest.approx(expected.item(), rel=1e-6)
-    ours, theirs = (torch.autograd.grad(loss, logits)[0] for loss in (router_z_loss(logits), expected))
+    assert router_z_loss(logits, torch.ones(30, 1)).item() == pytest.approx(expected.item(), rel=1e-6)
+    ours, theirs = (
+        torch.autograd.grad(loss, logits)[0] for loss in (router_z_loss(logits, torch.ones(30, 1)), expected)
+    )
     torch.testing.assert_close(ours, theirs)
 
 
@@ -106,7 +108,8 @@ def test_router_losses_join_in_training_only() -> None:
     logits: list[torch.Tensor] = []
     plain(batch.tokens, router_logits=logits)
     kept = (batch.document_ids != PADDING).reshape(-1)
-    added = sum(0.5 * load_balancing_loss(x[kept], 2) + 0.25 * router_z_loss(x[kept]) for x in logits) / len(logits)
+    ones = torch.ones(int(kept.sum()), 1)  # padding taken out, not weighted
+    added = sum(0.5 * load_balancing_loss(x[kept], 2, ones) + 0.25 * router_z_loss(x[kept], ones) for x in logits) / 2
     added = float(torch.as_tensor(added).detach())
     base, weight, _ = next_token(plain.train(), batch)
     loss, same_weight, _ = next_token(routed.train(), batch)

@@ -56,7 +56,7 @@ class Batch:
     def pinned(self) -> Self:
         """The batch in page-locked memory, from which a GPU copies without anybody waiting."""
         names = ("tokens", "targets", "document_ids", "positions")
-        return replace(self, **{name: getattr(self, name).pin_memory() for name in names})
+        return replace(self, **{name: getattr(self, name).contiguous().pin_memory() for name in names})
 
     def split(self, rows: int | None) -> list[Self]:
         """The batch in parts of at most `rows` uncut rows (None: in one part); bytes are not counted per part."""

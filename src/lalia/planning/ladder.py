@@ -120,7 +120,8 @@ def commands(
         source: recipe or run folder that it was planned from.
         folder: where the runs are to lie.
         budget: what the law is to plan for, as in `pretrain.budget`.
-        overrides: "section.key=value" settings that were given; those that a rung decides itself are left out.
+        overrides: "section.key=value" settings that were given; those that a rung decides itself are left out, and
+            those of the plan go to the command that fits.
     """
     values = {name: entry["value"] for name, entry in plan["values"].items()}
     fixed = f"pretrain.sequence_length={values['sequence_length']} pretrain.batch_size={values['batch_size']}"
@@ -133,4 +134,6 @@ def commands(
         size = f"model.hidden_size={rung.hidden_size} model.num_hidden_layers={rung.num_hidden_layers}"
         run = shlex.quote(f"{folder}/width-{rung.hidden_size}-steps-{rung.steps}")
         lines.append(f"{begin} {size} pretrain.steps={rung.steps} {fixed} --run {run}")
-    return [*lines, f"lalia plan --fit {shlex.quote(str(folder))}/width-* --budget {shlex.quote(budget)}"]
+    machine = [shlex.quote(setting) for setting in overrides if setting.startswith("plan.")]
+    fit_command = f"lalia plan --fit {shlex.quote(str(folder))}/width-*"
+    return [*lines, " ".join([fit_command, *machine, "--budget", shlex.quote(budget)])]

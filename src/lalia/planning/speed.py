@@ -14,7 +14,7 @@ from lalia.model.config import ModelConfig
 from lalia.model.shapes import ArchitectureConfig
 from lalia.model.transformer import Transformer
 from lalia.planning.layout import NODE, Placement
-from lalia.planning.memory import Checkpointing, parameters
+from lalia.planning.memory import parameters
 from lalia.planning.sizes import candidates
 from lalia.training.compilation import compile_layers
 from lalia.training.config import TrainingConfig
@@ -22,7 +22,6 @@ from lalia.training.fp8 import convert_to_fp8
 from lalia.training.hardware import DTYPES, Datasheet, device_name, find_datasheet, known_devices, synchronize
 from lalia.training.linear_cross_entropy import linear_cross_entropy
 from lalia.training.optimizers import make_optimizers
-from lalia.training.parallel.layout import ParallelConfig
 from lalia.training.trainer import initialize
 
 USUAL_MFU = (0.30, 0.40, 0.50)
@@ -86,16 +85,7 @@ class StepTimer:
         """Of a step of `mean_rows` rows (the mean, where batches differ), measured as the median of `steps`."""
         layout = placement.layout
         if self.sheet is not None:
-            return estimated_step(
-                shape,
-                mean_rows * length,
-                length,
-                precision,
-                self.sheet,
-                layout,
-                self.num_devices,
-                placement.checkpointing,
-            )
+            return estimated_step(shape, placement, mean_rows, length, precision, self.sheet, self.num_devices)
         probe = shape
         if layout.shard * layout.tensor * layout.context > 1:  # what no device holds alone is not measured on one
             probe = self._measurable(shape, placement.micro_rows, length, precision)
@@ -105,9 +95,7 @@ class StepTimer:
         seconds = measure_step(probe, placement.micro_rows, length, precision, steps, parts, self.device, config)
         seconds *= relative_cost(shape, probe, length) * RECOMPUTED[placement.checkpointing]
         seconds /= layout.tensor * layout.context
-        near, far = self._links()
-        tokens = mean_rows * length / placement.data_groups() / layout.context
-        seconds = with_communication(seconds, shape, layout, near, far, tokens, precision)
+        seconds = with_communication(seconds, shape, placement, mean_rows, length, precision, *self._links())
         how = "measured here" if probe is shape else f"measured here at width {probe.hidden_size}"
         whole = probe is shape and placement.checkpointing == "none" and config.average_decay == 0
         alone = self.device == "cpu" and self.num_devices == 1
@@ -242,13 +230,12 @@ def require_datasheet(name: str) -> Datasheet:
 
 def estimated_step(
     shape: ModelConfig,
-    tokens_per_step: float,
+    placement: Placement,
+    mean_rows: float,
     length: int,
     precision: str,
     sheet: Datasheet,
-    layout: ParallelConfig,
     devices: int,
-    checkpointing: Checkpointing,
 ) -> Speed:
     """Seconds of a step on devices that are not here: the data sheet's peak times the usual MFU, and communication.
 
@@ -261,14 +248,14 @@ def estimated_step(
             f"there is no peak in {precision} for {sheet.name} to estimate from; set pretrain.precision to auto or "
             "bfloat16, or plan on the device itself, where it is measured"
         )
-    flops = shape.flops_per_token(length) * tokens_per_step * RECOMPUTED[checkpointing]
-    near, far = links(sheet, devices)
-    tokens = tokens_per_step / ((layout.replicate or 1) * layout.shard * layout.context)
-    exposed = [
-        with_communication(flops / (peak * devices * mfu), shape, layout, near, far, tokens, precision)
+    flops = shape.flops_per_token(length) * mean_rows * length * RECOMPUTED[placement.checkpointing]
+    near_and_far = links(sheet, devices)
+    slow, middle, fast = (
+        with_communication(
+            flops / (peak * devices * mfu), shape, placement, mean_rows, length, precision, *near_and_far
+        )
         for mfu in USUAL_MFU
-    ]
-    slow, middle, fast = exposed
+    )
     how = f"{sheet.name}'s data sheet, {peak / 1e12:,.0f} TFLOP/s, at {USUAL_MFU[1]:.0%} (not measured)"
     return Speed(middle, fast, slow, how)
 
@@ -276,38 +263,40 @@ def estimated_step(
 def links(sheet: Datasheet | None, devices: int) -> tuple[float, float]:
     """Bytes per second and device, one direction: within a node, and among all the devices."""
     near = (sheet.link_bandwidth if sheet else None) or NODE_LINK
-    return near, near if devices <= NODE else NETWORK_LINK
+    return near, near if devices <= NODE else min(near, NETWORK_LINK)
 
 
 def with_communication(
     seconds: float,
     shape: ModelConfig,
-    layout: ParallelConfig,
+    placement: Placement,
+    mean_rows: float,
+    length: int,
+    precision: str,
     near: float,
     far: float,
-    tokens: float,
-    precision: str,
 ) -> float:
     """A step's computation and what of its communication cannot hide behind it.
 
     Whoever has other tokens adds up the gradients, in a ring 2 (n - 1) / n times the bytes (Patarasuk and Yuan 2009);
-    shards also gather the weights twice (Rajbhandari et al. 2020: half as much again). That overlaps with the backward
-    pass. What nothing hides: layers divided among neighbours sum activations four times each (Shoeybi et al. 2019),
-    and rows divided among devices send keys and values around, forward, and with their gradients backward (Liu et al.
-    2023).
+    divided weights are gathered twice and their gradients scattered, half as much again, for every micro-batch
+    (Rajbhandari et al. 2020). That overlaps with the backward pass. What nothing hides: layers divided among neighbours
+    sum activations four times each (Shoeybi et al. 2019), and of divided rows keys and values are gathered, and their
+    gradients scattered (Llama 3, 2024).
 
     Args:
         seconds: of the computation.
-        near, far: bytes per second of a device to neighbours in its node, and among all.
-        tokens: of a step, on one device.
         precision: of the activations.
+        near, far: bytes per second of a device to neighbours in its node, and among all.
     """
-    copies = (layout.replicate or 1) * layout.shard * layout.context
-    held = 4.0 * parameters(shape) / layout.tensor
-    times = 3.0 if layout.shard * layout.context > 1 else 2.0
-    overlapped = times * held * (copies - 1) / copies / far
+    layout = placement.layout
+    copies = placement.data_groups() * layout.context
+    divided = layout.shard > 1 or (layout.context > 1 and layout.tensor * layout.expert > 1)
+    micro_batches = max(1.0, mean_rows / placement.data_groups() / placement.micro_rows)
+    times = 3.0 * micro_batches if divided else 2.0
+    overlapped = times * 4.0 * parameters(shape) / layout.tensor * (copies - 1) / copies / far
     sums = 4 * 2 * (layout.tensor - 1) / layout.tensor * shape.hidden_size
-    passes = 3 * 2 * (layout.context - 1) * shape.key_value_size / layout.tensor
-    activations = tokens * shape.num_hidden_layers * (4 if precision == "float32" else 2)
-    exposed = activations * (sums / near + passes / far)
+    gathers = 2 * 2 * (layout.context - 1) * shape.key_value_size / layout.tensor
+    activations = mean_rows * length / copies * shape.num_hidden_layers * (4 if precision == "float32" else 2)
+    exposed = activations * (sums / near + gathers / far)
     return seconds + max(0.0, overlapped - HIDDEN_SHARE * seconds) + exposed

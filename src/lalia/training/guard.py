@@ -30,7 +30,7 @@ class StepGuard:
     def judge(self, loss: Tensor, norm: Tensor, present: Tensor) -> Tensor:
         """1.0 to apply the step, 0.0 to skip it (a 0-d float32 tensor); all arguments are 0-d.
 
-        `present` says whether the batch had anything to predict; one that had not does not enter the history.
+        `present` says whether the batch had anything to predict; one that had not changes nothing.
         """
         values = torch.stack((loss, norm)).float()
         keep = values.isfinite().all()
@@ -46,7 +46,7 @@ class StepGuard:
         kept = keep.to(torch.int64)
         self.counts[0] += kept * present
         self.counts[1] += 1 - kept
-        self.counts[2].copy_((self.counts[2] + 1) * (1 - kept))
+        self.counts[2].copy_(torch.where(present, (self.counts[2] + 1) * (1 - kept), self.counts[2]))
         return keep.float()
 
     def forget(self) -> None:

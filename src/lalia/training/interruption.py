@@ -11,6 +11,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class Interruption:
     """Notes signals while it is entered, instead of dying of them; nothing outside the main thread.
 
+    A signal that nobody has acted upon by the end comes again then, to whoever handled it before.
+
     Attributes:
         received: the first signal that came, or None.
     """
@@ -29,6 +31,8 @@ class Interruption:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self.received is not None and kind is None:  # came too late for anyone to act upon it
+            signal.raise_signal(self.received)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None and number == signal.SIGINT:

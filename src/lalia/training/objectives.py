@@ -93,7 +93,7 @@ def router_loss(model: Transformer, router_logits: Sequence[Tensor], kept: Tenso
     return torch.stack(losses).mean()
 
 
-def load_balancing_loss(logits: Tensor, num_chosen: int, counted: Tensor | None = None) -> Tensor:
+def load_balancing_loss(logits: Tensor, num_chosen: int, counted: Tensor) -> Tensor:
     """num_experts * sum over experts of (choices per token) * (mean probability), for one layer.
 
     Fedus et al. 2021 (Switch Transformer), equations 4 to 6, counting all `num_chosen` choices of a token: a balanced
@@ -101,26 +101,22 @@ def load_balancing_loss(logits: Tensor, num_chosen: int, counted: Tensor | None 
 
     Args:
         logits: (rows, num_experts); no rows give 0.
-        counted: (rows, 1), 1.0 for rows that count and 0.0 for the others; None means that all do. Not an index of
-            them, whose length an accelerator would have to be waited for.
+        counted: (rows, 1), 1.0 for rows that count and 0.0 for the others: not an index of them, whose length an
+            accelerator would have to be waited for.
     """
-    num_experts = logits.shape[1]
-    counted = torch.ones_like(logits[:, :1]) if counted is None else counted
     num_rows = counted.sum().clamp(min=1)
     probabilities = logits.float().softmax(-1)
-    chosen = probabilities.topk(num_chosen, -1).indices
-    choices = (chosen.unsqueeze(-1) == torch.arange(num_experts, device=logits.device)).sum(1)  # (rows, num_experts)
+    choices = torch.zeros_like(probabilities).scatter_(1, probabilities.topk(num_chosen, -1).indices, 1.0)
     share = (choices * counted).sum(0) / num_rows  # carries no gradient
-    return num_experts * (share * (probabilities * counted).sum(0) / num_rows).sum()
+    return logits.shape[1] * (share * (probabilities * counted).sum(0) / num_rows).sum()
 
 
-def router_z_loss(logits: Tensor, counted: Tensor | None = None) -> Tensor:
+def router_z_loss(logits: Tensor, counted: Tensor) -> Tensor:
     """Mean squared log-partition of the router, which keeps its logits small (Zoph et al. 2022, equation 5).
 
     Args:
         logits: (rows, num_experts); no rows give 0.
         counted: as in `load_balancing_loss`.
     """
-    counted = torch.ones_like(logits[:, :1]) if counted is None else counted
     squares = logits.float().logsumexp(-1, keepdim=True).square()
     return (squares * counted).sum() / counted.sum().clamp(min=1)

@@ -154,7 +154,7 @@ class Trainer:
         self.progress.record("start")
         self.model.train()
         with Interruption() as interruption:
-            while not self._run(interruption) or not self.save(suspect=True):
+            while not self._run(interruption) or not self.save():
                 self._go_back()
             # Saved before the last evaluation, so that nothing of the training can be lost.
             with self.meters.phase("checkpoint"):
@@ -182,7 +182,7 @@ class Trainer:
         try:
             while self.step < self.num_steps:
                 if self.step in self.evaluation_steps:
-                    if not self.save():
+                    if not self._skipping() and not self.save():
                         return False
                     self._evaluate(averaged=True)
                     saved_at = time.perf_counter()
@@ -199,8 +199,10 @@ class Trainer:
                     return False
                 due = time.perf_counter() - saved_at > self.loop.checkpoint_seconds
                 stopped, due = self.world.agree(interruption.received is not None, due)
-                if (stopped or due or self.step in self.milestones) and self.step < self.num_steps:
-                    if not self.save(suspect=stopped):
+                wanted = stopped or due or self.step in self.milestones
+                # While steps are being skipped older checkpoints are kept, which going back may need.
+                if wanted and self.step < self.num_steps and (stopped or not self._skipping()):
+                    if not self.save():
                         return False
                     saved_at = time.perf_counter()
                     if stopped:
@@ -287,11 +289,11 @@ class Trainer:
             UserError: if there is none, or the run has gone back too often.
         """
         bad, rewinds, passed_over = self.step, self.rewinds, self.passed_over
-        if self._finite():
+        if self._finite(self._state()):
             row = f"for {self.loop.max_skipped} steps in a row"
             why = f"loss or gradient was not finite, or far above what it had been, {row}"
         else:
-            why = "weights are no longer finite numbers"
+            why = "weights or the optimizer's state are no longer finite numbers"
         advice = (
             f"{why} (step {bad}, after going back {rewinds} times); lower the learning rates of the stage "
             "(optimizer.matrix_learning_rate) or use precision = 'float32'. The last good checkpoint is in "
@@ -355,28 +357,31 @@ class Trainer:
             if isinstance(value, str):
                 self.progress.say(f"    {key}: {value!r}")
 
-    def save(self, suspect: bool = False) -> bool:
+    def _skipping(self) -> bool:
+        """Whether the last step was not applied."""
+        return bool(self.guard.counts[2])
+
+    def save(self) -> bool:
         """Write a checkpoint of everything that the remaining steps depend on, beside the training.
 
-        While steps are being skipped nothing is written, unless `suspect`: whoever goes back needs an older one.
-
         Returns:
-            False, and nothing is written, if a weight is not a finite number.
+            False, and nothing is written, if any of it is not a finite number.
         """
         self.heartbeat.beat(self.step, "saving")
         with self.meters.phase("checkpoint"):
-            if not self._finite():
+            state = self._state()
+            if not self._finite(state):
                 return False
-            if not suspect and self.guard.counts[2]:
-                return True
             meta = {"meters": self.meters.state(), "rewinds": self.rewinds, "passed_over": self.passed_over}
-            self.checkpoints.save(self.step, self._state(), meta)
+            self.checkpoints.save(self.step, state, meta)
         return True
 
-    def _finite(self) -> bool:
-        """Whether all weights, in all processes, are finite numbers: their norms are, in one pass over them."""
-        norms = torch.stack([local(p.detach()).norm() for p in self.model.parameters()])
-        return not self.world.agree(not bool(norms.isfinite().all()))[0]
+    def _finite(self, state: dict[str, Tensor]) -> bool:
+        """Whether all of it, in all processes, are finite numbers: their norms are, in one pass over them."""
+        parts = [local(value) for value in state.values() if value.is_floating_point()]
+        sizes = [part.norm() for part in parts if type(part) is Tensor]  # not of torchao's 8 bits
+        finite = torch.stack([size.to(self.world.device, torch.float32) for size in sizes]).isfinite().all()
+        return not self.world.agree(not bool(finite))[0]
 
     def _state(self) -> dict[str, Tensor]:
         state = saved_state(self.model, self.optimizers) | self.guard.state()
