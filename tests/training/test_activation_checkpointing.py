@@ -75,7 +75,7 @@ def test_what_a_layer_keeps_is_what_a_plan_expects(mode: Any) -> None:
         checkpoint_activations(model, mode)
         kept.append(step(model)[2])
     expected, _ = layer_activations(model.config, 64, mode, accelerator=False)
-    assert (kept[1] - kept[0]) / (2 * 4 * 8 * 64) == pytest.approx(expected, rel=0.06)  # of 8 rows of 64, 4 bytes each
+    assert (kept[1] - kept[0]) / (2 * 4 * 8 * 64) == pytest.approx(expected, rel=0.09)  # of 8 rows of 64, 4 bytes each
 
 
 def test_the_comparison_notices_a_layer_that_computes_something_else_the_second_time() -> None:
