@@ -152,7 +152,11 @@ def test_what_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
         tokenizer_from_sentencepiece(tmp_path / "missing.model")
     content = models["unigram_nfkc"].read_bytes()
     path = tmp_path / "cut.model"
-    for size in (0, 1, 10, 1000, len(content) // 2, len(content) - 1):
+    # Between two fields too: the trainer's settings and the normalizer follow the pieces.
+    end_of_pieces = content.rindex(
+        b"\x12", 0, content.index(bytes(str(models["unigram_nfkc"].with_suffix("")), "utf-8"))
+    )
+    for size in (0, 1, 10, 1000, len(content) // 2, *range(end_of_pieces - 40, end_of_pieces + 1), len(content) - 1):
         path.write_bytes(content[:size])
         with pytest.raises(CorruptFile, match="cut short|has no pieces|damaged"):
             tokenizer_from_sentencepiece(path)

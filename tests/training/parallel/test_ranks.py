@@ -39,14 +39,15 @@ def _waited(group: str, timeout_seconds: float) -> float:
                 assert world.mesh is not None
                 dist.all_reduce(torch.ones(1), group=world.mesh.get_group(group))
         waited = time.monotonic() - began
-    time.sleep(max(0.0, began + 4 - time.monotonic()))
+    time.sleep(max(0.0, began + 12 - time.monotonic()))
     return waited
 
 
 @pytest.mark.parametrize("group", ["replicate", "shard", "tokens"])
 def test_no_group_of_processes_waits_longer_than_asked(group: str) -> None:
     """Sub-groups have a timeout of their own, half an hour for gloo, unless they are told."""
-    assert run(_waited, 4, group, 1.5, timeout_seconds=30.0)[1] == pytest.approx(1.5, abs=1.0)
+    waited = run(_waited, 4, group, 1.5, timeout_seconds=60.0)[1]
+    assert 1.0 < waited < 9.0  # the one that does not come would end the wait after 12
 
 
 def test_results_by_rank() -> None:

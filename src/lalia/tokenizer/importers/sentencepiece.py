@@ -48,6 +48,8 @@ def tokenizer_from_sentencepiece(path: Path | str, add_bos: bool = False, add_eo
     trainer, normalizer = sections[_TRAINER], sections[_NORMALIZER]
     if not pieces:
         raise CorruptFile(f"{what} has no pieces; it is no SentencePiece model, or cut short: get it again")
+    if not trainer or not normalizer:  # cut between two fields, which by themselves are whole
+        raise CorruptFile(f"{what} is cut short: how it was trained or how it normalizes is missing; get it again")
     kind = trainer.get(_MODEL_TYPE, UNIGRAM)
     if kind not in (UNIGRAM, BPE):
         raise UserError(f"{what} has the SentencePiece type {kind!r}; Lalia knows unigram (1) and BPE (2)")
