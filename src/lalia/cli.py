@@ -2,6 +2,7 @@
 
 import os
 import sys
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -151,7 +152,7 @@ def plan(
         raise UserError("--minutes and --budget are both a budget; leave out one of them")
     overrides = list(overrides or [])
     asked = {
-        "pretrain.budget": f'"{minutes:f}'.rstrip("0").rstrip(".") + ' minutes"' if minutes is not None else budget,
+        "pretrain.budget": f'"{Decimal(str(minutes)):f} minutes"' if minutes is not None else budget,
         "plan.devices": devices,
         "plan.device": device,
         "plan.law": None if fit else law,

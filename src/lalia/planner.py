@@ -356,17 +356,15 @@ class _Planner:
     # Memory and layout
 
     def _place(self, shape: ModelConfig, rows: int, length: int, precision: str) -> Placement | None:
-        schedule = _schedule(self.config, rows, length)
-        levels: Sequence[Checkpointing] = LEVELS
-        if self.config.activation_checkpointing == "selective" and shape.num_experts:
+        schedule, asked = _schedule(self.config, rows, length), self.config.activation_checkpointing
+        levels: Sequence[Checkpointing] = LEVELS if asked == "none" else (asked,)
+        if shape.num_experts:
+            levels = [level for level in levels if level != "selective"]
+        if not levels:
             raise UserError(
                 "pretrain.activation_checkpointing = selective knows no mixture of experts; set full, or none to leave "
                 "it to the plan"
             )
-        if self.config.activation_checkpointing != "none":
-            levels = (self.config.activation_checkpointing,)
-        elif shape.num_experts:
-            levels = tuple(level for level in LEVELS if level != "selective")  # which knows no experts
         return place(
             schedule.sizes(),
             schedule.lengths(),

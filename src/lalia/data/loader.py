@@ -4,7 +4,7 @@ There is no state to save: training resumes at step n by asking for batch n.
 """
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -50,13 +50,15 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Self:
         """The batch with its tensors on `device`."""
-        names = ("tokens", "targets", "document_ids", "positions")
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pinned(self) -> Self:
         """The batch in page-locked memory, from which a GPU copies without anybody waiting."""
+        return self._each(lambda tensor: tensor.contiguous().pin_memory())
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Self:
         names = ("tokens", "targets", "document_ids", "positions")
-        return replace(self, **{name: getattr(self, name).contiguous().pin_memory() for name in names})
+        return replace(self, **{name: change(getattr(self, name)) for name in names})
 
     def split(self, rows: int | None) -> list[Self]:
         """The batch in parts of at most `rows` uncut rows (None: in one part); bytes are not counted per part."""

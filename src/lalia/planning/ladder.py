@@ -110,7 +110,7 @@ def rungs(sizes: Sequence[tuple[int, int, float]], chosen: int, seconds: float) 
 
 
 def commands(
-    ladder: Sequence[Rung], plan: dict[str, Any], source: str, folder: Path, budget: str, overrides: Sequence[str] = ()
+    ladder: Sequence[Rung], plan: dict[str, Any], source: str, folder: Path, budget: str, overrides: Sequence[str]
 ) -> list[str]:
     """The shell commands that make the runs of a ladder under `folder`, and the one that fits the law to them.
 
@@ -125,8 +125,10 @@ def commands(
     """
     values = {name: entry["value"] for name, entry in plan["values"].items()}
     fixed = f"pretrain.sequence_length={values['sequence_length']} pretrain.batch_size={values['batch_size']}"
-    own = ("model.hidden_size", "model.num_hidden_layers", "pretrain.budget", "pretrain.steps", "plan.")
-    own = (*own, "pretrain.sequence_length", "pretrain.batch_size")
+    own = (
+        *("plan.", "model.hidden_size=", "model.num_hidden_layers="),
+        *("pretrain.budget=", "pretrain.steps=", "pretrain.sequence_length=", "pretrain.batch_size="),
+    )
     kept = [shlex.quote(setting) for setting in overrides if not setting.startswith(own)]
     begin = " ".join(["lalia pretrain", shlex.quote(source), *kept])
     lines = []
